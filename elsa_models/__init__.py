@@ -1,0 +1,8 @@
+"""Enhanced Local Self-Attention backbones for timm. Importing the package registers every model."""
+from . import models
+from .layers import ElsaAttention, ElsaBlock
+from .models import ElsaSwin
+from .ops import (
+    available_backends, explain_backend, get_backend, local_attention, local_attention_reference, set_backend)
+
+__version__ = '0.1.0'

@@ -1,0 +1,2 @@
+from .elsa import ElsaAttention, ElsaBlock
+from .patch_embed import PaddedPatchEmbed

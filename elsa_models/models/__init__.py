@@ -1,0 +1,1 @@
+from .elsa_swin import ElsaSwin

@@ -1,0 +1,387 @@
+"""ELSA-Swin
+
+A PyTorch impl of the classification models of `What Limits the Performance of Local Self-attention?` -
+https://arxiv.org/abs/2112.12786: a Swin Transformer whose first three stages hold Enhanced Local Self-Attention and
+whose last keeps Swin's window attention. Written from the paper; reads the weights of the authors' release
+(https://github.com/damo-cv/ELSA, MIT).
+"""
+import re
+from typing import Any, Dict, Optional, Sequence, Set, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead, calculate_drop_path_rates, resample_patch_embed, resize_rel_pos_bias_table, to_2tuple, to_ntuple)
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models.swin_transformer import (
+    PatchMerging, SwinTransformer, SwinTransformerBlock, resolve_stage_window_sizes)
+
+from ..layers import ElsaBlock, PaddedPatchEmbed
+from ._checkpoint import build_model, check_keys, unwrap
+
+__all__ = ['ElsaSwin']  # model_registry will add each entrypoint fn to this
+
+_int_or_pair = Union[int, Tuple[int, int]]
+
+
+class ElsaSwinStage(nn.Module):
+    """Blocks of any kind on (B, H, W, C), after an optional patch merging.
+
+    The stage knows nothing of its blocks but that those with a `set_input_size` of their own have windows.
+    """
+
+    def __init__(
+            self,
+            downsample: nn.Module,
+            blocks: Sequence[nn.Module],
+            input_resolution: Tuple[int, int],
+    ) -> None:
+        """
+        Args:
+            downsample: Patch merging, or an identity.
+            blocks: Maps of (B, H, W, C) to the same.
+            input_resolution: Height and width of the map that enters the stage.
+        """
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.input_resolution = input_resolution
+        self.grad_checkpointing = False
+
+    @property
+    def output_resolution(self) -> Tuple[int, int]:
+        """Height and width of the map that leaves the stage."""
+        if isinstance(self.downsample, nn.Identity):
+            return self.input_resolution
+        return tuple([(s + 1) // 2 for s in self.input_resolution])
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            feat_size: Tuple[int, int],
+            window_size: Tuple[int, int],
+            always_partition: Optional[bool] = None,
+    ) -> None:
+        """Follow the model to another input size.
+
+        Args:
+            feat_size: Height and width of the map that enters the stage.
+            window_size: Height and width of the windows of blocks that have any.
+            always_partition: Cut into windows and shift even where one window covers the map; None leaves it.
+        """
+        self.input_resolution = feat_size
+        for block in self.blocks:
+            if hasattr(block, 'set_input_size'):
+                block.set_input_size(self.output_resolution, window_size, always_partition)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, H, W, C) to the stage's resolution and channels."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x
+
+
+class ElsaSwin(SwinTransformer):
+    """ELSA-Swin.
+
+    Builds its own stages; resizing, feature extraction, pruning, head and forward are those of timm's Swin.
+    """
+
+    def __init__(
+            self,
+            img_size: _int_or_pair = 224,
+            patch_size: int = 4,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            embed_dim: int = 96,
+            depths: Tuple[int, ...] = (2, 2, 6, 2),
+            num_heads: Tuple[int, ...] = (3, 6, 12, 24),
+            local_stages: Optional[Tuple[bool, ...]] = None,
+            kernel_size: Union[int, Tuple[int, ...]] = 7,
+            dilation: Union[int, Tuple[int, ...]] = 1,
+            group_width: int = 8,
+            lam: int = 0,
+            gamma: float = 1.,
+            qk_scale: float = 1.,
+            window_size: Union[_int_or_pair, Sequence[_int_or_pair]] = 7,
+            always_partition: bool = False,
+            strict_img_size: bool = True,
+            dynamic_img_size: bool = False,
+            mlp_ratio: Union[float, Tuple[float, ...]] = 4.,
+            qkv_bias: bool = True,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0.1,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            weight_init: str = '',
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            img_size: Input height and width in pixels, any size.
+            patch_size: Patch size in pixels.
+            in_chans: Number of input image channels.
+            num_classes: Number of classes for classification head.
+            global_pool: Global pooling type.
+            embed_dim: Channels of the first stage, doubled by each further one.
+            depths: Blocks in each stage.
+            num_heads: Attention heads in each stage.
+            local_stages: Stages that hold ELSA blocks, the rest hold window attention; all but the last if None.
+            kernel_size: Side of ELSA's neighbourhood in pixels, odd, for all stages or one per stage.
+            dilation: Distance between ELSA's taps in pixels, for all stages or one per stage.
+            group_width: Channels per group of ELSA's K x K convolution.
+            lam: Exponent of the ghost head's factor, a whole number.
+            gamma: Weight of the ghost head's summand.
+            qk_scale: Factor of the Hadamard product.
+            window_size: Window size, an int or (h, w) for all stages or one per stage.
+            always_partition: Cut into windows and shift even where one window covers the map.
+            strict_img_size: Require the input to match img_size.
+            dynamic_img_size: Accept any input size. Same as strict_img_size=False.
+            mlp_ratio: Hidden channels of the MLPs per channel, for all stages or one per stage.
+            qkv_bias: Add a bias to query, key and value.
+            drop_rate: Dropout rate of the classifier.
+            proj_drop_rate: Dropout rate of attention and MLP outputs.
+            attn_drop_rate: Dropout rate of attention weights.
+            drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
+            norm_layer: Normalisation layer.
+            weight_init: Weight init mode, 'skip' to leave it out.
+        """
+        nn.Module.__init__(self)  # every part that SwinTransformer.__init__ would build is built here
+        dd = {'device': device, 'dtype': dtype}
+        num_stages = len(depths)
+        if len(num_heads) != num_stages:
+            raise ValueError(f'num_heads: got {len(num_heads)} values, must be one for each of {num_stages} stages.')
+        if local_stages is None:
+            local_stages = (True,) * (num_stages - 1) + (False,)
+        if len(local_stages) != num_stages:
+            raise ValueError(
+                f'local_stages: got {len(local_stages)} values, must be one for each of {num_stages} stages.')
+        kernel_size = to_ntuple(num_stages)(kernel_size)
+        dilation = to_ntuple(num_stages)(dilation)
+        mlp_ratio = to_ntuple(num_stages)(mlp_ratio)
+        window_size = resolve_stage_window_sizes(window_size, num_stages)
+        strict_img_size = strict_img_size and not dynamic_img_size
+        self.dynamic_img_size = not strict_img_size
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.output_fmt = 'NHWC'
+        self.num_layers = num_stages
+        self.embed_dim = embed_dim
+        self.num_features = embed_dim * 2 ** (num_stages - 1)
+
+        self.patch_embed = PaddedPatchEmbed(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            norm_layer=norm_layer,
+            strict_img_size=strict_img_size,
+            output_fmt='NHWC',
+            **dd,
+        )
+        # set_input_size() scales these with the patch grid to keep each stage's window to grid ratio
+        self._ref_window_sizes = window_size
+        self._ref_grid_size = resolution = self.patch_embed.grid_size
+
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        layers = []
+        self.feature_info = []
+        for i in range(num_stages):
+            dim = embed_dim * 2 ** i
+            downsample = PatchMerging(dim // 2, dim, norm_layer=norm_layer, **dd) if i > 0 else nn.Identity()
+            output_resolution = tuple([(s + 1) // 2 for s in resolution]) if i > 0 else resolution
+            block_args = dict(
+                dim=dim,
+                num_heads=num_heads[i],
+                mlp_ratio=mlp_ratio[i],
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                norm_layer=norm_layer,
+                **dd,
+            )
+            if local_stages[i]:
+                elsa_args = dict(
+                    kernel_size=kernel_size[i],
+                    dilation=dilation[i],
+                    group_width=group_width,
+                    lam=lam,
+                    gamma=gamma,
+                    qk_scale=qk_scale,
+                )
+                blocks = [ElsaBlock(drop_path=rate, **block_args, **elsa_args) for rate in drop_path[i]]
+            else:
+                window_args = dict(
+                    input_resolution=output_resolution,
+                    window_size=window_size[i],
+                    always_partition=always_partition,
+                    dynamic_mask=self.dynamic_img_size,
+                )
+                shift_size = tuple([w // 2 for w in window_size[i]])
+                blocks = [
+                    SwinTransformerBlock(
+                        shift_size=shift_size if j % 2 else 0, drop_path=rate, **block_args, **window_args)
+                    for j, rate in enumerate(drop_path[i])]
+            layers.append(ElsaSwinStage(downsample, blocks, resolution))
+            resolution = output_resolution
+            reduction = max(to_2tuple(patch_size)) * 2 ** i
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f'layers.{i}'))
+        self.layers = nn.Sequential(*layers)
+
+        self.norm = norm_layer(self.num_features, **dd)
+        self.head = ClassifierHead(
+            self.num_features,
+            num_classes,
+            pool_type=global_pool,
+            drop_rate=drop_rate,
+            input_fmt=self.output_fmt,
+            **dd,
+        )
+        self.head_hidden_size = self.head.num_features
+
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+        if weight_init != 'skip':
+            self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """None: the authors decay ghost matrices and relative position biases (timm's Swin spares the latter)."""
+        return set()
+
+
+def _convert_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Rename and reorder the entries of the authors' ELSA-Swin, layer by layer."""
+    renames = (
+        (r'\.attn\.pre_proj\.', '.attn.qkv.'),
+        (r'\.attn\.attn\.0\.', '.attn.attn_conv.'),
+        (r'\.attn\.attn\.2\.', '.attn.attn_logits.'),
+        (r'\.attn\.post_proj\.', '.attn.proj.'),
+        (r'\.attn\.rb$', '.attn.relative_position_bias_table'),
+        (r'^head\.', 'head.fc.'),
+        (r'^layers\.(\d+)\.downsample\.', lambda m: f'layers.{int(m.group(1)) + 1}.downsample.'),
+    )
+    out = {}
+    for key, x in state_dict.items():
+        if key.endswith(('.relative_id', '.attn_mask')):
+            continue  # saved buffers, recomputed here
+        if key.endswith('.ghost_head'):  # (1, C, K, K): the summand; (2, 1, C, K, K): factor and summand
+            prefix = key[:-len('ghost_head')]
+            if x.dim() == 5:
+                out[prefix + 'ghost_mul'], out[prefix + 'ghost_add'] = x[0, 0], x[1, 0]
+            else:
+                out[prefix + 'ghost_add'] = x[0]
+            continue
+        if key.endswith('.attn.rb'):
+            x = x.t().flip(0)  # (heads, offsets) by key - query -> (offsets, heads) by query - key
+        elif '.attn.pre_proj.' in key and key.rpartition('.pre_proj.')[0] + '.rb' in state_dict:
+            v, q, k = x.chunk(3)
+            x = torch.cat([q, k, v])
+        elif key.endswith(('.pre_proj.weight', '.attn.2.weight')):
+            x = x.flatten(1)  # 1x1 convolution -> linear
+        for pattern, name in renames:
+            key = re.sub(pattern, name, key)
+        out[key] = x
+    return out
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Fit a checkpoint of ours or of the authors to the model.
+
+    Position tables are resampled to the model's windows and the patch embedding to its patch size.
+
+    Args:
+        state_dict: A state dict, or a training checkpoint that holds one.
+        model: The model that is to be loaded.
+
+    Returns:
+        Entries in the names and shapes of the model; those of the classifier are left for the caller to judge.
+
+    Raises:
+        RuntimeError: Entries are missing or unknown; all are listed.
+    """
+    state_dict = unwrap(state_dict)
+    if any(k.endswith('.attn.post_proj.weight') for k in state_dict):
+        state_dict = _convert_authors(state_dict)
+    model_shapes = {k: x.shape for k, x in model.state_dict().items()}
+    out = {}
+    for key, x in state_dict.items():
+        if key.endswith(('.relative_position_index', '.attn_mask')):
+            continue  # buffers that are not persistent
+        if key == 'patch_embed.proj.weight' and x.shape[-2:] != model_shapes[key][-2:]:
+            x = resample_patch_embed(x, list(model_shapes[key][-2:]), verbose=True)
+        elif key.endswith('.relative_position_bias_table') and key in model_shapes:
+            window_size = model.get_submodule(key.rpartition('.')[0]).window_size
+            if x.shape != model_shapes[key] or window_size[0] != window_size[1]:
+                x = resize_rel_pos_bias_table(x, window_size, model_shapes[key])
+        out[key] = x
+    check_keys(out, model, optional='head.fc.')
+    return out
+
+
+def _create_elsa_swin(variant: str, pretrained: bool = False, **kwargs) -> ElsaSwin:
+    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['depths']))))
+    return build_model(
+        ElsaSwin,
+        variant,
+        pretrained,
+        filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': .9, 'interpolation': 'bicubic', 'fixed_input_size': True,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head.fc',
+        'license': 'mit', 'origin_url': 'https://github.com/damo-cv/ELSA',
+        'paper_name': 'What Limits the Performance of Local Self-attention?', 'paper_ids': 'arXiv:2112.12786',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'elsa_swin_tiny': _cfg(),
+    'elsa_swin_small': _cfg(),
+    'elsa_swin_base': _cfg(),
+    'test_elsa_swin': _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
+})
+
+
+@register_model
+def elsa_swin_tiny(pretrained: bool = False, **kwargs) -> ElsaSwin:
+    """ELSA-Swin-T of the paper: 29.1 M parameters, 4.8 GMACs at 224."""
+    model_args = dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), group_width=4)
+    return _create_elsa_swin('elsa_swin_tiny', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def elsa_swin_small(pretrained: bool = False, **kwargs) -> ElsaSwin:
+    """ELSA-Swin-S of the paper: 52.9 M parameters, 9.6 GMACs at 224."""
+    model_args = dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24))
+    return _create_elsa_swin('elsa_swin_small', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def elsa_swin_base(pretrained: bool = False, **kwargs) -> ElsaSwin:
+    """ELSA-Swin-B of the paper: 92.7 M parameters, 16.7 GMACs at 224."""
+    model_args = dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    return _create_elsa_swin('elsa_swin_base', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_elsa_swin(pretrained: bool = False, **kwargs) -> ElsaSwin:
+    """A small ELSA-Swin for tests, demonstrations and small images: under 1 M parameters, 64 pixels."""
+    model_args = dict(
+        img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=5, window_size=2)
+    return _create_elsa_swin('test_elsa_swin', pretrained, **dict(model_args, **kwargs))

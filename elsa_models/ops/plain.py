@@ -1,0 +1,95 @@
+"""Local attention from core operators alone, for graphs that leave PyTorch: ONNX, torch.export, TorchScript.
+
+Every row of the map is cut into tiles of `t` pixels. For one tile and one head the attention is a banded matrix
+(`t` pixels x `K * (t + K - 1)` neighbours), so that one batched matrix product aggregates the whole map. The band
+is skewed into place with pads and reshapes only. Autograd differentiates it any number of times, which makes it the
+path of double backward as well. Its temporaries (about 1.4 K values per value) are why eager mode has `eager.py`.
+"""
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+
+TILE = 14  # divides the maps at 224 pixels; the fastest of 7, 14 and 28 on CPU
+
+
+def tile_width(width: int, tile: int = TILE) -> int:
+    """Width of the tiles that cut a row of `width` pixels with little padding."""
+    count = max(1, (width + tile // 2) // tile)
+    return max(1, (width + count - 1) // count)
+
+
+def local_attention_plain(
+        value: torch.Tensor,
+        logits: torch.Tensor,
+        kernel_size: int,
+        dilation: int = 1,
+        ghost_mul: Optional[torch.Tensor] = None,
+        ghost_add: Optional[torch.Tensor] = None,
+        normalize: bool = True,
+) -> torch.Tensor:
+    """See `local_attention_reference`, whose arguments and result these are."""
+    C, r = value.shape[3], kernel_size // 2 * dilation
+    dtype = value.dtype
+    if dtype == torch.float16 or dtype == torch.bfloat16:
+        value, logits = value.float(), logits.float()
+    weights = logits.softmax(dim=-1) if normalize else logits
+    if ghost_mul is None:
+        y = _tiles(value, weights, kernel_size, dilation)
+    else:
+        y = _taps(value, weights, kernel_size, dilation, ghost_mul.to(value.dtype))
+    if ghost_add is not None:
+        kernel = ghost_add.to(value.dtype).unsqueeze(1)  # C, 1, K, K
+        static = F.conv2d(value.permute(0, 3, 1, 2), kernel, padding=r, dilation=dilation, groups=C)
+        y = y + static.permute(0, 2, 3, 1)
+    return y.to(dtype)
+
+
+def _tiles(value: torch.Tensor, weights: torch.Tensor, K: int, d: int) -> torch.Tensor:
+    B, H, W, C = value.shape
+    G = weights.shape[3]
+    r = K // 2 * d
+    if torch.jit.is_scripting():
+        t = tile_width(W)
+    else:
+        t = tile_width(W) if isinstance(W, int) else TILE  # a symbolic width must not be branched on
+    n = (W + t - 1) // t
+    P = t + 2 * r  # pixels that a tile sees in one row
+
+    # each row of taps becomes a (t, P) band: pad its rows to P + 1 and cut the run at P, so that row i starts at i
+    band = F.pad(weights, (0, 0, 0, 0, 0, n * t - W)).reshape(B, H, n, t, G, K, K).permute(0, 1, 2, 4, 5, 3, 6)
+    if d > 1:
+        band = F.pad(band.unsqueeze(-1), (0, d - 1)).flatten(-2)  # zeros between the taps
+    band = F.pad(band, (0, P + 1 - band.shape[-1])).flatten(-2)[..., :t * P]
+    band = band.reshape(B, H, n, G, K, t, P).transpose(-3, -2).reshape(B, H, n, G, t, K * P)
+
+    # the pixels that each tile sees: its own columns and the 2r to their right, then K rows
+    reach = (2 * r + t - 1) // t  # further tiles that these come from
+    blocks = F.pad(value, (0, 0, r, (n + reach) * t - W - r, r, r)).reshape(B, H + 2 * r, n + reach, t, C)
+    columns: List[torch.Tensor] = []
+    for i in range(reach + 1):
+        columns.append(blocks[:, :, i:i + n, :min(t, P - i * t)])
+    seen = torch.cat(columns, dim=3)  # B, H + 2r, n, P, C
+    rows: List[torch.Tensor] = []
+    for i in range(K):
+        rows.append(seen[:, i * d:i * d + H])
+    neighbours = torch.stack(rows, dim=3)  # B, H, n, K, P, C
+    neighbours = neighbours.reshape(B, H, n, K * P, G, C // G).transpose(3, 4)
+
+    y = band @ neighbours  # B, H, n, G, t, C / G
+    return y.transpose(3, 4).reshape(B, H, n * t, C)[:, :, :W]
+
+
+def _taps(value: torch.Tensor, weights: torch.Tensor, K: int, d: int, ghost_mul: torch.Tensor) -> torch.Tensor:
+    # a factor per channel and tap leaves no matrix product to be had: the sum is taken tap by tap
+    B, H, W, C = value.shape
+    G = weights.shape[3]
+    r = K // 2 * d
+    padded = F.pad(value, (0, 0, r, r, r, r)).reshape(B, H + 2 * r, W + 2 * r, G, C // G)
+    ghost = ghost_mul.reshape(G, C // G, K * K)
+    y = torch.zeros_like(padded[:, :H, :W])
+    for i in range(K):
+        for j in range(K):
+            neighbour = padded[:, i * d:i * d + H, j * d:j * d + W]
+            y = y + weights[..., i * K + j].unsqueeze(-1) * (neighbour * ghost[..., i * K + j])
+    return y.reshape(B, H, W, C)
