@@ -124,7 +124,7 @@ class ElsaAttention(nn.Module):
             h = h * self.qk_scale
         h = self.attn_conv(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         logits = self.attn_logits(self.act(h))
-        return v, logits.unflatten(-1, (self.num_heads, self.kernel_size ** 2))
+        return v, logits.unflatten(-1, (self.num_heads, self.kernel_size * self.kernel_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, dim) to (B, H, W, dim)."""

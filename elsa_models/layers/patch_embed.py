@@ -3,7 +3,7 @@ import math
 from typing import Optional, Tuple, Union
 
 import torch
-from timm.layers import PatchEmbed, to_2tuple
+from timm.layers import Format, PatchEmbed, to_2tuple
 
 
 class PaddedPatchEmbed(PatchEmbed):
@@ -12,6 +12,7 @@ class PaddedPatchEmbed(PatchEmbed):
     Images whose sides the patch size does not divide are padded with zeros on the right and at the bottom. timm pads
     as well (`dynamic_img_pad`), but still takes the grid of a fixed image size by rounding down.
     """
+    output_fmt: Format  # TorchScript reads the annotations of this class alone
     dynamic_img_pad: torch.jit.Final[bool]
 
     def __init__(self, *args, **kwargs) -> None:

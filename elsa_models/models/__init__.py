@@ -1,1 +1,3 @@
+from ._warm_start import WarmStartReport, warm_start
 from .elsa_swin import ElsaSwin
+from .elsa_volo import ElsaVolo, TokenLabelOutput, token_label_loss

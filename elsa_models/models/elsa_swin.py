@@ -11,14 +11,12 @@ from typing import Any, Dict, Optional, Sequence, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClassifierHead, calculate_drop_path_rates, resample_patch_embed, resize_rel_pos_bias_table, to_2tuple, to_ntuple)
+from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, to_ntuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models.swin_transformer import (
-    PatchMerging, SwinTransformer, SwinTransformerBlock, resolve_stage_window_sizes)
+from timm.models.swin_transformer import PatchMerging, SwinTransformer, resolve_stage_window_sizes
 
-from ..layers import ElsaBlock, PaddedPatchEmbed
-from ._checkpoint import build_model, check_keys, unwrap
+from ..layers import ElsaBlock, PaddedPatchEmbed, WindowBlock
+from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 
 __all__ = ['ElsaSwin']  # model_registry will add each entrypoint fn to this
 
@@ -30,6 +28,7 @@ class ElsaSwinStage(nn.Module):
 
     The stage knows nothing of its blocks but that those with a `set_input_size` of their own have windows.
     """
+    __jit_unused_properties__ = ['output_resolution']
 
     def __init__(
             self,
@@ -227,7 +226,7 @@ class ElsaSwin(SwinTransformer):
                 )
                 shift_size = tuple([w // 2 for w in window_size[i]])
                 blocks = [
-                    SwinTransformerBlock(
+                    WindowBlock(
                         shift_size=shift_size if j % 2 else 0, drop_path=rate, **block_args, **window_args)
                     for j, rate in enumerate(drop_path[i])]
             layers.append(ElsaSwinStage(downsample, blocks, resolution))
@@ -310,18 +309,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     state_dict = unwrap(state_dict)
     if any(k.endswith('.attn.post_proj.weight') for k in state_dict):
         state_dict = _convert_authors(state_dict)
-    model_shapes = {k: x.shape for k, x in model.state_dict().items()}
-    out = {}
-    for key, x in state_dict.items():
-        if key.endswith(('.relative_position_index', '.attn_mask')):
-            continue  # buffers that are not persistent
-        if key == 'patch_embed.proj.weight' and x.shape[-2:] != model_shapes[key][-2:]:
-            x = resample_patch_embed(x, list(model_shapes[key][-2:]), verbose=True)
-        elif key.endswith('.relative_position_bias_table') and key in model_shapes:
-            window_size = model.get_submodule(key.rpartition('.')[0]).window_size
-            if x.shape != model_shapes[key] or window_size[0] != window_size[1]:
-                x = resize_rel_pos_bias_table(x, window_size, model_shapes[key])
-        out[key] = x
+    out = {
+        k: fit_positions(k, x, model) for k, x in state_dict.items()
+        if not k.endswith(('.relative_position_index', '.attn_mask'))}  # buffers that are not persistent
     check_keys(out, model, optional='head.fc.')
     return out
 

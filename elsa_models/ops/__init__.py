@@ -24,11 +24,12 @@ _logger = logging.getLogger(__name__)
 
 _ENV = 'ELSA_BACKEND'
 _BACKENDS: Dict[str, ModuleType] = {'torch': eager}  # in order of preference; 'torch' takes everything and comes last
+_REFERENCE = 'reference'  # no kernel but the formula itself; never chosen unasked
 
 
 def available_backends() -> Tuple[str, ...]:
     """Names that `set_backend` takes, besides 'auto'."""
-    return tuple(_BACKENDS)
+    return (*_BACKENDS, _REFERENCE)
 
 
 def set_backend(name: str = 'auto') -> None:
@@ -42,8 +43,9 @@ def set_backend(name: str = 'auto') -> None:
         ValueError: The name is not known.
     """
     global _choice
-    if name != 'auto' and name not in _BACKENDS:
-        known = ', '.join(repr(n) for n in ('auto', *_BACKENDS))
+    known_names = ('auto', *available_backends())
+    if name not in known_names:
+        known = ', '.join(repr(n) for n in known_names)
         raise ValueError(f'backend: got {name!r}, must be one of {known}.')
     _choice = name
 
@@ -141,6 +143,8 @@ def _local_attention(
         logits = torch.nn.functional.dropout(logits.softmax(dim=-1, dtype=dtype), dropout_p).to(value.dtype)
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return local_attention_plain(value, logits, kernel_size, dilation, ghost_mul, ghost_add, normalize)
+    if _choice == _REFERENCE:
+        return local_attention_reference(value, logits, kernel_size, dilation, ghost_mul, ghost_add, normalize)
     return _forward_op(value, logits, ghost_mul, ghost_add, kernel_size, dilation, normalize, _select(value))
 
 

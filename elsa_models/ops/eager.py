@@ -130,7 +130,7 @@ class _Bands:
             self, g: torch.Tensor, v: torch.Tensor, a: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         b, H, W, n, t, r = v.shape[0], self.H, self.W, self.n, self.t, self.r
         band, seen = self._spread(a), self._tile_values(v)
-        g = F.pad(g, (0, 0, 0, n * t - W)).reshape(b, H, n, t, self.G, self.Cg)
+        g = self._fill_tiles(g).view(b, H, n, t, self.G, self.Cg)
         g = g.permute(1, 0, 2, 4, 3, 5).reshape(-1, t, self.Cg)  # H b n G, t, C / G
         grad_band, grad_seen = torch.empty_like(band), torch.zeros_like(seen)
         for i in range(self.K):
@@ -150,7 +150,7 @@ class _Bands:
         b, H, n, t, K = a.shape[0], self.H, self.n, self.t, self.K
         if self._band is None or self._band.shape[2] != b:
             self._band = torch.zeros(K, H, b, n, self.G, t, self.P, dtype=self.dtype, device=self.device)
-        a = F.pad(a, (0, 0, 0, 0, 0, n * t - self.W)).reshape(b, H, n, t, self.G, K, K)
+        a = self._fill_tiles(a.flatten(3)).view(b, H, n, t, self.G, K, K)
         self._diagonals(self._band).copy_(a.permute(5, 1, 0, 2, 4, 3, 6))
         return self._band
 
@@ -166,6 +166,11 @@ class _Bands:
         rows, width = v.shape[1], v.shape[2]
         shape = (rows, b, self.n, self.G, self.P, self.Cg)
         return v.as_strided(shape, (width * C, rows * width * C, self.t * C, self.Cg, C, 1)).contiguous()
+
+    def _fill_tiles(self, x: torch.Tensor) -> torch.Tensor:
+        """Pad maps (b, H, W, C) to (b, H, n t, C), contiguous."""
+        extra = self.n * self.t - self.W
+        return F.pad(x, (0, 0, 0, extra)).contiguous() if extra else x.contiguous()  # a pad by nothing would copy
 
     @staticmethod
     def _batch(x: torch.Tensor) -> torch.Tensor:

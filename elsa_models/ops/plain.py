@@ -1,9 +1,12 @@
 """Local attention from core operators alone, for graphs that leave PyTorch: ONNX, torch.export, TorchScript.
 
-Every row of the map is cut into tiles of `t` pixels. For one tile and one head the attention is a banded matrix
-(`t` pixels x `K * (t + K - 1)` neighbours), so that one batched matrix product aggregates the whole map. The band
-is skewed into place with pads and reshapes only. Autograd differentiates it any number of times, which makes it the
-path of double backward as well. Its temporaries (about 1.4 K values per value) are why eager mode has `eager.py`.
+Where the width is known, every row of the map is cut into tiles of `t` pixels. For one tile and one head the
+attention is a banded matrix (`t` pixels x `K * (t + K - 1)` neighbours), so that one batched matrix product aggregates
+the whole map. The band is skewed into place with pads and reshapes only. Where the width is open, and with a ghost
+factor, the taps are summed one by one.
+
+Autograd differentiates it any number of times, which makes it the path of double backward as well. Its temporaries
+(about 1.4 K values per value) are why eager mode has `eager.py`.
 """
 from typing import List, Optional
 
@@ -34,10 +37,13 @@ def local_attention_plain(
     if dtype == torch.float16 or dtype == torch.bfloat16:
         value, logits = value.float(), logits.float()
     weights = logits.softmax(dim=-1) if normalize else logits
-    if ghost_mul is None:
+    symbolic = False  # a width that export leaves open cannot be cut into tiles without conditions on it
+    if not torch.jit.is_scripting():
+        symbolic = isinstance(value.shape[2], torch.SymInt)
+    if ghost_mul is None and not symbolic:
         y = _tiles(value, weights, kernel_size, dilation)
     else:
-        y = _taps(value, weights, kernel_size, dilation, ghost_mul.to(value.dtype))
+        y = _taps(value, weights, kernel_size, dilation, ghost_mul)
     if ghost_add is not None:
         kernel = ghost_add.to(value.dtype).unsqueeze(1)  # C, 1, K, K
         static = F.conv2d(value.permute(0, 3, 1, 2), kernel, padding=r, dilation=dilation, groups=C)
@@ -49,10 +55,7 @@ def _tiles(value: torch.Tensor, weights: torch.Tensor, K: int, d: int) -> torch.
     B, H, W, C = value.shape
     G = weights.shape[3]
     r = K // 2 * d
-    if torch.jit.is_scripting():
-        t = tile_width(W)
-    else:
-        t = tile_width(W) if isinstance(W, int) else TILE  # a symbolic width must not be branched on
+    t = tile_width(W)
     n = (W + t - 1) // t
     P = t + 2 * r  # pixels that a tile sees in one row
 
@@ -80,16 +83,23 @@ def _tiles(value: torch.Tensor, weights: torch.Tensor, K: int, d: int) -> torch.
     return y.transpose(3, 4).reshape(B, H, n * t, C)[:, :, :W]
 
 
-def _taps(value: torch.Tensor, weights: torch.Tensor, K: int, d: int, ghost_mul: torch.Tensor) -> torch.Tensor:
+def _taps(
+        value: torch.Tensor,
+        weights: torch.Tensor,
+        K: int,
+        d: int,
+        ghost_mul: Optional[torch.Tensor],
+) -> torch.Tensor:
     # a factor per channel and tap leaves no matrix product to be had: the sum is taken tap by tap
     B, H, W, C = value.shape
     G = weights.shape[3]
     r = K // 2 * d
-    padded = F.pad(value, (0, 0, r, r, r, r)).reshape(B, H + 2 * r, W + 2 * r, G, C // G)
-    ghost = ghost_mul.reshape(G, C // G, K * K)
+    padded = F.pad(value, (0, 0, r, r, r, r)).unflatten(3, (G, C // G))
     y = torch.zeros_like(padded[:, :H, :W])
     for i in range(K):
         for j in range(K):
             neighbour = padded[:, i * d:i * d + H, j * d:j * d + W]
-            y = y + weights[..., i * K + j].unsqueeze(-1) * (neighbour * ghost[..., i * K + j])
-    return y.reshape(B, H, W, C)
+            if ghost_mul is not None:
+                neighbour = neighbour * ghost_mul[:, i, j].to(value.dtype).unflatten(0, (G, C // G))
+            y = y + weights[..., i * K + j].unsqueeze(-1) * neighbour
+    return y.flatten(3)

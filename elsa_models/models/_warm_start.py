@@ -1,0 +1,209 @@
+"""Weights of related models as a start, for models that have none of their own."""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterable, Set, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import adapt_input_conv
+
+from ._checkpoint import fit_positions, read_checkpoint, unwrap
+from .elsa_swin import ElsaSwin, _convert_authors
+from .elsa_volo import ElsaVolo
+
+_HUB_SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+_FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar', '.ckpt')
+_FIRST_CONVS = ('patch_embed.proj.weight', 'patch_embed.conv.0.weight')
+
+
+@dataclass(frozen=True)
+class WarmStartReport:
+    """What `warm_start` did with each entry of the model's state dict.
+
+    Each of the three groups maps names to numbers of parameters; buffers have none.
+    """
+    source: str
+    copied: Dict[str, int]  # equal to the source's
+    resized: Dict[str, int]  # resampled to other sizes, or adapted to other image channels
+    left: Dict[str, int]  # at their value before
+    unused: Tuple[str, ...]  # entries of the source that went nowhere
+
+    @property
+    def num_copied(self) -> int:
+        """Parameters that were copied."""
+        return sum(self.copied.values())
+
+    @property
+    def num_resized(self) -> int:
+        """Parameters that were copied from another size."""
+        return sum(self.resized.values())
+
+    @property
+    def num_left(self) -> int:
+        """Parameters that were left as they were."""
+        return sum(self.left.values())
+
+    @property
+    def num_params(self) -> int:
+        """All parameters of the model."""
+        return self.num_copied + self.num_resized + self.num_left
+
+    def __str__(self) -> str:
+        total = self.num_params
+        lines = [f'warm start from {self.source}: {total:,} parameters']
+        for group, num in (('copied', self.num_copied), ('resized', self.num_resized), ('left', self.num_left)):
+            entries = getattr(self, group)
+            line = f'  {group:8}{num:>13,}  {100. * num / max(total, 1):5.1f} %  {len(entries)} entries'
+            if entries and group != 'copied':
+                line += ': ' + ', '.join(self._topmost(entries))
+            lines.append(line)
+        lines.append(f'  {len(self.unused)} entries of the source have no place in the model')
+        return '\n'.join(lines)
+
+    def _topmost(self, entries: Dict[str, int]) -> Iterable[str]:
+        """The names of entries, with modules in place of what is all of their entries."""
+        others = [n for g in (self.copied, self.resized, self.left) if g is not entries for n in g]
+        names = {}
+        for name in entries:
+            parts = name.split('.')
+            prefixes = ['.'.join(parts[:i]) for i in range(1, len(parts))]
+            names[next((p for p in prefixes if not any(n.startswith(p + '.') for n in others)), name)] = None
+        return names
+
+
+def _read_source(source: Union[str, Path, nn.Module]) -> Tuple[str, Dict[str, torch.Tensor]]:
+    """Name and state dict of a source.
+
+    Raises:
+        ValueError: The source is nothing that is known.
+        TypeError: The source is of another type.
+    """
+    if isinstance(source, nn.Module):
+        return type(source).__name__, unwrap(source.state_dict())
+    if not isinstance(source, (str, Path)):
+        raise TypeError(f'source: got {type(source).__name__}, must be a name, a path or a module.')
+    name = str(source)
+    if Path(source).is_file():
+        return name, read_checkpoint(source)
+    if isinstance(source, str):
+        if name.startswith(_HUB_SCHEMES) or timm.is_model(name.partition('.')[0]):
+            with torch.random.fork_rng(devices=[]):  # what the source's constructor draws is nobody's business
+                return name, timm.create_model(name, pretrained=True).state_dict()
+        if not name.endswith(_FILE_SUFFIXES):
+            raise ValueError(
+                f'source: got {name!r}, which is neither a file nor a model of timm. Must be a timm model name such as '
+                f'\'volo_d1_224.sail_in1k\', \'hf-hub:owner/model\', \'local-dir:folder\', the path of a checkpoint or '
+                f'a module.')
+    return name, read_checkpoint(source)
+
+
+def _rename(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Entries in timm's names, without saved index and mask buffers."""
+    if isinstance(model, ElsaSwin):
+        if any(k.endswith('.attn.post_proj.weight') for k in state_dict):
+            state_dict = _convert_authors(state_dict)
+        elif 'layers.0.downsample.reduction.weight' in state_dict:  # Swin's authors downsample at the end of a stage
+            renamed = {}
+            for k, x in state_dict.items():
+                parts = k.split('.')
+                if parts[0] == 'layers' and parts[2] == 'downsample':
+                    parts[1] = str(int(parts[1]) + 1)
+                elif parts[0] == 'head' and len(parts) == 2:
+                    parts.insert(1, 'fc')
+                renamed['.'.join(parts)] = x
+            state_dict = renamed
+    return {k: x for k, x in state_dict.items() if not k.endswith(('.relative_position_index', '.attn_mask'))}
+
+
+def _elsa_attentions(state_dict: Dict[str, Any]) -> Set[str]:
+    end = '.attn_conv.weight'
+    return {k[:-len(end)] for k in state_dict if k.endswith(end)}
+
+
+def _check_family(label: str, source: Dict[str, Any], model: nn.Module, replaced: Tuple[str, ...]) -> None:
+    """Require that the source's modules are of the model's kinds, where both have a module of that name."""
+    modules = dict(model.named_modules())
+    known = model.state_dict().keys()
+    for name in source:
+        if name in known or name.startswith(replaced):
+            continue
+        prefix = name.rpartition('.')[0]
+        while prefix not in modules:
+            prefix = prefix.rpartition('.')[0]
+        module = modules[prefix]
+        if module is not model and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.Identity)):
+            raise ValueError(
+                f'source: {label!r} is of another family, it has {name!r} where {type(model).__name__} has a '
+                f'{type(module).__name__} without.')
+
+
+def warm_start(model: nn.Module, source: Union[str, Path, nn.Module]) -> WarmStartReport:
+    """Copy what a related model shares with ours: VOLO with ELSA-VOLO, Swin with ELSA-Swin, or another of ours.
+
+    Shared are entries of the same name and shape. Position embeddings, relative position tables and patch embeddings of
+    other sizes are resampled, a first convolution for other image channels is adapted. Attention of another kind is left
+    at its initial value with all its parts, and so are classifiers for other numbers of classes.
+
+    Args:
+        model: An `ElsaVolo` or `ElsaSwin`; feature extractors have to be made from the model afterwards.
+        source: Name of a timm model, with tag, whose pretrained weights are downloaded; a `hf-hub:` or `local-dir:`
+            name; the path of a checkpoint; or a module.
+
+    Returns:
+        What was copied, resized and left. Printable.
+
+    Raises:
+        ValueError: The source is unknown, of another family or width, or model or source hold no values (meta device).
+        TypeError: The model or the source is of another type.
+        FileNotFoundError: There is no such file.
+        RuntimeError: The file cannot be read, or timm has no weights for the name.
+
+        Whatever is raised, the model is as it was.
+    """
+    if not isinstance(model, (ElsaSwin, ElsaVolo)):
+        raise TypeError(
+            f'model: got {type(model).__name__}, must be an ElsaVolo or ElsaSwin. For features, warm-start the '
+            f'classifier, save it, and create the feature extractor from the file.')
+    label, found = _read_source(source)
+    found = _rename(found, model)
+    own = model.state_dict()
+    for argument, entries in (('model', own), ('source', found)):
+        if any(x.is_meta for x in entries.values()):
+            raise ValueError(f'{argument}: is on the meta device, which holds no values. Create it on another device.')
+
+    # attentions of which only one side is ELSA share names, but nothing that has the same meaning
+    replaced = tuple(f'{p}.' for p in _elsa_attentions(own) ^ _elsa_attentions(found))
+    _check_family(label, found, model, replaced)
+    entries, resized = {}, set()
+    for name, target in own.items():
+        if name not in found or name.startswith(replaced):
+            continue
+        original = x = found[name]
+        if name in _FIRST_CONVS and x.dim() == target.dim() and x.shape[1] != target.shape[1]:
+            x = adapt_input_conv(target.shape[1], x, base_chans=x.shape[1])
+        x = fit_positions(name, x, model)
+        if x.shape == target.shape:
+            entries[name] = x
+            if x is not original:
+                resized.add(name)
+
+    stages = model.feature_info[0]['module'].partition('.')[0] + '.'
+    if not any(name.startswith(stages) for name in entries):
+        different = [k for k in own if k in found and k.startswith(stages) and not k.startswith(replaced)]
+        reason = f'none of its entries is named {stages}*, as in {type(model).__name__}'
+        if different:
+            k = different[0]
+            reason = f'{k!r} has shape {tuple(found[k].shape)} there and {tuple(own[k].shape)} in the model'
+        raise ValueError(f'source: {label!r} has nothing in common with the stages of the model: {reason}.')
+
+    num_params = {name: 0 for name in own}
+    num_params.update((name, p.numel()) for name, p in model.named_parameters())
+    model.load_state_dict({**own, **entries})
+    return WarmStartReport(
+        source=label,
+        copied={k: n for k, n in num_params.items() if k in entries and k not in resized},
+        resized={k: n for k, n in num_params.items() if k in resized},
+        left={k: n for k, n in num_params.items() if k not in entries},
+        unused=tuple(k for k in found if k not in entries),
+    )

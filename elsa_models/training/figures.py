@@ -1,0 +1,263 @@
+"""Pictures for a person: what a model predicts, and where its local attention looks."""
+import math
+import textwrap
+from pathlib import Path
+from typing import Any, List, NamedTuple, Union
+
+import torch
+import torch.nn as nn
+
+from ..layers import ElsaAttention
+from .data import LabelledImages
+from .extras import require
+
+_RIGHT, _WRONG, _QUERY = '#1b7837', '#c51b2b', '#ff7f0e'
+_MAX_HEADS = 6  # drawn for each layer
+
+
+class AttentionLayer(NamedTuple):
+    """The local attention of one layer for one image."""
+    name: str
+    kernel_size: int
+    dilation: int
+    weights: torch.Tensor  # H, W, heads, K, K
+
+
+@torch.no_grad()
+def attention_layers(model: nn.Module, image: torch.Tensor) -> List[AttentionLayer]:
+    """Run a model on one image and collect the attention of every ELSA layer, in the order of their running.
+
+    Args:
+        model: Any model that holds `ElsaAttention`.
+        image: (C, H, W), normalised.
+    """
+    layers = []
+
+    def collect(name):
+        def hook(module, args):
+            weights = module.attention_map(args[0])[0].unflatten(-1, (module.kernel_size, module.kernel_size))
+            layers.append(AttentionLayer(name, module.kernel_size, module.dilation, weights.float().cpu()))
+        return hook
+
+    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, ElsaAttention)]
+    handles = [m.register_forward_pre_hook(collect(name)) for name, m in modules]
+    training = model.training
+    try:
+        model.eval()
+        model(image.unsqueeze(0).to(next(model.parameters()).device))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return layers
+
+
+def draw_predictions(
+        images: LabelledImages,
+        logits: torch.Tensor,
+        class_names: List[str],
+        path: Union[str, Path],
+        rows: int = 5,
+        columns: int = 8,
+) -> None:
+    """Draw a grid of images with predicted class and confidence: mistakes first, in red, then a sample of the rest.
+
+    Args:
+        images: The images, N of them.
+        logits: (N, classes).
+        class_names: Name of each class.
+        path: PNG to write.
+        rows: Rows of the grid, at most.
+        columns: Columns of the grid, at most.
+    """
+    confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
+    targets = torch.tensor(images.targets)
+    wrong = (predicted != targets).nonzero().flatten().tolist()
+    right = (predicted == targets).nonzero().flatten().tolist()
+    space = min(rows * columns, len(targets))
+    shown = wrong[:max(space // 2, space - len(right))]
+    number = min(space - len(shown), len(right))
+    sample = [right[i * len(right) // number] for i in range(number)]
+    columns = min(columns, max(1, len(shown) + number))
+    rows = math.ceil((len(shown) + number) / columns)
+
+    figure = _new_figure(max(1.35 * columns, 8.), 1.75 * rows + 1.15)
+    accuracy = 100 * len(right) / len(targets)
+    mistakes = f'{len(shown)} of the {len(wrong)} mistakes' if len(shown) < len(wrong) else 'every mistake'
+    note = f'{mistakes} in red first' if wrong else 'no mistakes were made'
+    figure.suptitle(
+        f'{len(right)} of {len(targets)} held-out images are recognised: {accuracy:.2f} %',
+        fontsize=14, fontweight='bold')
+    figure.supxlabel(f'Predicted class and confidence; {note}.', fontsize=10, color='0.3')
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
+        ax.axis('off')
+    for ax, i in zip(axes, shown + sample):
+        _show(ax, images.image(i))
+        name = _short(class_names[predicted[i]])
+        if predicted[i] == targets[i]:
+            text, color = f'{name}\n{confidence[i]:.0%}', _RIGHT
+        else:
+            text, color = f'{name}, not {_short(class_names[targets[i]])}\n{confidence[i]:.0%}', _WRONG
+        ax.set_title(text, fontsize=10 if len(text) < 18 else 7, color=color, pad=3)
+    _save(figure, path)
+
+
+def draw_attention(
+        model: nn.Module,
+        images: LabelledImages,
+        logits: torch.Tensor,
+        class_names: List[str],
+        path: Union[str, Path],
+) -> None:
+    """Draw the local attention of one image: a row for each resolution at which the model attends locally.
+
+    The image is the first that is recognised. A row shows the neighbourhood of one pixel of the map, how each head
+    spreads its attention over it, and for every pixel the part of its neighbours over which attention spreads: the
+    exponential of the entropy, averaged over the heads, over K * K. The query is the pixel of the first map with the lowest
+    one, of those whose neighbourhood lies inside of the image.
+
+    Args:
+        model: Model that holds `ElsaAttention`.
+        images: Images with the transform of the evaluation.
+        logits: (N, classes).
+        class_names: Name of each class.
+        path: PNG to write.
+
+    Raises:
+        ValueError: The model has no ELSA layer.
+    """
+    predicted = logits.argmax(dim=-1)
+    recognised = (predicted == torch.tensor(images.targets)).nonzero().flatten().tolist()
+    index = recognised[0] if recognised else 0
+    tensor = images[index][0]
+    layers = {tuple(layer.weights.shape[:2]): layer for layer in attention_layers(model, tensor)}
+    if not layers:
+        raise ValueError('model: has no ElsaAttention, there is no local attention to draw.')
+    layers = list(layers.values())  # the last of each resolution
+    picture = _as_picture(tensor)
+    size = picture.shape[:2]
+    y, x = _choose_query(layers[0])
+    y, x = (y + 0.5) / layers[0].weights.shape[0], (x + 0.5) / layers[0].weights.shape[1]
+
+    heads = min(_MAX_HEADS, max(layer.weights.shape[2] for layer in layers))
+    figure = _new_figure(2.5 * (heads + 2) + 0.6, 2.7 * len(layers) + 1.8)
+    as_class = f', recognised as “{_short(class_names[predicted[index]])}”' if recognised else ''
+    figure.suptitle(f'Where a pixel looks: local attention on a held-out image{as_class}', fontsize=15,
+                    fontweight='bold')
+    grid = figure.add_gridspec(len(layers) + 1, heads + 2, height_ratios=[1.] * len(layers) + [0.07])
+    # the root spreads the many small weights over the colours
+    norm = require('matplotlib.colors').PowerNorm(0.5, 0., max(_at(layer, y, x).max().item() for layer in layers))
+    for row, layer in enumerate(layers):
+        H, W, num_heads, K, _ = layer.weights.shape
+        i, j = int(y * H), int(x * W)
+        ax = figure.add_subplot(grid[row, 0])
+        ax.imshow(picture, cmap='gray')
+        _outline(ax, i, j, layer, (size[0] / H, size[1] / W))
+        ax.set_title('image and neighbourhood', fontsize=10)
+        ax.set_ylabel(f'map of {H} × {W} pixels\n{K} × {K} neighbours', fontsize=10)
+        _clean(ax)
+        ax = figure.add_subplot(grid[row, 1])
+        spread = ax.imshow(_spread(layer) / K ** 2, cmap='magma', vmin=0., vmax=1., extent=(0, W, H, 0))
+        _frame(ax, j, i, 1, 1, _QUERY, 2.)
+        ax.set_title('spread of each pixel', fontsize=10)
+        _clean(ax)
+        for head in range(min(num_heads, heads)):
+            ax = figure.add_subplot(grid[row, 2 + head])
+            weights = ax.imshow(_at(layer, y, x)[head], cmap='viridis', norm=norm)
+            _hatch_outside(ax, i, j, layer)
+            _frame(ax, K // 2 - 0.5, K // 2 - 0.5, 1, 1, _QUERY, 2.)
+            of_all = f' of {num_heads}' if num_heads > heads else ''
+            ax.set_title(f'attention of head {head + 1}{of_all}', fontsize=10)
+            _clean(ax)
+    for image, place, label in (
+            (spread, grid[-1, 1], 'part of the neighbours in use'),
+            (weights, grid[-1, 2:], 'weight of a neighbour; those of a head add up to 1')):
+        figure.colorbar(image, cax=figure.add_subplot(place), orientation='horizontal', label=label)
+    figure.supxlabel(
+        'Orange: the pixel that looks. Blue: its neighbours, whose weights the heads show. Hatched: beyond the image.\n'
+        'Spread: exp(entropy) of the attention over the number of neighbours, mean of the heads; dark pixels look at'
+        ' few of them.', fontsize=10, color='0.3')
+    _save(figure, path)
+
+
+def _choose_query(layer: AttentionLayer) -> List[int]:
+    H, W = layer.weights.shape[:2]
+    spread, r = _spread(layer), layer.kernel_size // 2 * layer.dilation
+    inside = torch.full_like(spread, math.inf)
+    if H > 2 * r and W > 2 * r:
+        inside[r:H - r, r:W - r] = spread[r:H - r, r:W - r]
+    else:
+        inside = spread
+    return list(divmod(inside.argmin().item(), W))
+
+
+def _spread(layer: AttentionLayer) -> torch.Tensor:
+    """Number of neighbours (H, W) over which attention spreads: 1 to K * K."""
+    weights = layer.weights.flatten(3)
+    entropy = -torch.xlogy(weights, weights).sum(dim=-1)
+    return entropy.exp().mean(dim=-1)
+
+
+def _at(layer: AttentionLayer, y: float, x: float) -> torch.Tensor:
+    """Weights (heads, K, K) of the pixel at a place given in parts of height and width."""
+    H, W = layer.weights.shape[:2]
+    return layer.weights[int(y * H), int(x * W)]
+
+
+def _as_picture(tensor: torch.Tensor) -> Any:
+    """(C, H, W), normalised, to an array (H, W, C), or (H, W) for one channel, between 0 and 1."""
+    low, high = tensor.amin(), tensor.amax()
+    picture = ((tensor - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0)
+    return (picture[..., 0] if picture.shape[2] == 1 else picture).numpy()
+
+
+def _outline(ax: Any, i: int, j: int, layer: AttentionLayer, cell: Any) -> None:
+    """Frame a pixel of the map and its neighbourhood on the image."""
+    H, W = layer.weights.shape[:2]
+    r = layer.kernel_size // 2 * layer.dilation
+    top, bottom, left, right = max(0, i - r), min(H, i + r + 1), max(0, j - r), min(W, j + r + 1)
+    _frame(ax, left * cell[1] - 0.5, top * cell[0] - 0.5, (right - left) * cell[1], (bottom - top) * cell[0],
+           '#2f9bff', 2.2)
+    _frame(ax, j * cell[1] - 0.5, i * cell[0] - 0.5, cell[1], cell[0], _QUERY, 1.8)
+
+
+def _hatch_outside(ax: Any, i: int, j: int, layer: AttentionLayer) -> None:
+    Rectangle = require('matplotlib.patches').Rectangle
+    H, W = layer.weights.shape[:2]
+    K, d = layer.kernel_size, layer.dilation
+    for a in range(K):
+        for b in range(K):
+            if not (0 <= i + (a - K // 2) * d < H and 0 <= j + (b - K // 2) * d < W):
+                ax.add_patch(Rectangle(
+                    (b - 0.5, a - 0.5), 1, 1, facecolor='none', edgecolor='0.8', hatch='///', linewidth=0.))
+
+
+def _frame(ax: Any, x: float, y: float, width: float, height: float, color: str, linewidth: float) -> None:
+    Rectangle = require('matplotlib.patches').Rectangle
+    ax.add_patch(Rectangle(
+        (x, y), width, height, facecolor='none', edgecolor=color, linewidth=linewidth, clip_on=False))
+
+
+def _new_figure(width: float, height: float) -> Any:
+    # no pyplot: nothing of the user's own figures and backend is touched
+    figure = require('matplotlib.figure').Figure(figsize=(width, height), layout='constrained', facecolor='white')
+    require('matplotlib.backends.backend_agg').FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Union[str, Path]) -> None:
+    figure.savefig(path, dpi=130)
+
+
+def _show(ax: Any, image: Any) -> None:
+    ax.imshow(image, cmap='gray', vmin=0, vmax=255, interpolation='nearest' if max(image.size) < 64 else None)
+
+
+def _clean(ax: Any) -> None:
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _short(name: str) -> str:
+    return textwrap.shorten(name, 18, placeholder='…') if ' ' in name else name if len(name) <= 18 else name[:17] + '…'

@@ -1,0 +1,80 @@
+"""Folders that appear complete or not at all."""
+import logging
+import shutil
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Collection, Iterator, Union
+
+_logger = logging.getLogger(__name__)
+
+
+class OutputError(ValueError):
+    """A folder that must not be replaced."""
+
+
+def check_replaceable(folder: Union[str, Path], names: Collection[str]) -> None:
+    """Require that a folder does not exist or holds nothing beyond `names`.
+
+    Args:
+        folder: Folder that is to be replaced.
+        names: Names of the files and folders that may be lost with it.
+
+    Raises:
+        OutputError: There is something else in it, or it is a file.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        strange = sorted(p.name for p in folder.iterdir() if p.name not in names)
+        if strange:
+            raise OutputError(
+                f'{folder}: holds {strange[0]!r}, which is no result of training, and would be replaced as a whole.'
+                f' Choose another name for the run, or move it away.')
+    elif folder.exists() or folder.is_symlink():
+        raise OutputError(f'{folder}: is a file, must be a folder.')
+
+
+@contextmanager
+def replace_folder(folder: Union[str, Path], names: Collection[str], keep: str = '') -> Iterator[Path]:
+    """Fill a temporary folder beside `folder`, which takes its place when all has gone well.
+
+    Until then a former `folder` is not touched. On an exception the temporary folder is removed, unless it already
+    holds something too dear to lose.
+
+    Args:
+        folder: Folder to create or replace; its parents are created.
+        names: Names of the files and folders that may be replaced, see `check_replaceable`.
+        keep: Name of a file or folder in the temporary folder whose presence saves it on an exception.
+
+    Yields:
+        The temporary folder, empty.
+
+    Raises:
+        OutputError: `folder` holds something that is not in `names`.
+    """
+    folder = Path(folder).absolute()
+    check_replaceable(folder, names)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    suffix = uuid.uuid4().hex[:8]
+    temporary = folder.with_name(f'.{folder.name}-{suffix}')
+    temporary.mkdir()
+    try:
+        yield temporary
+        check_replaceable(folder, names)
+    except BaseException:
+        if keep and (temporary / keep).exists():
+            _logger.warning('The run did not finish; what it had saved until then is in %s', temporary)
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    former = folder.with_name(f'.{folder.name}-{suffix}-former')
+    folder.rename(former)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        former.rename(folder)
+        raise
+    shutil.rmtree(former, ignore_errors=True)

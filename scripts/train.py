@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Fine-tune a model on the handwritten digits of scikit-learn or on a folder of images.
+
+    python scripts/train.py --config configs/digits.yaml
+    python scripts/train.py --config configs/folder.yaml --data FOLDER
+
+FOLDER holds one sub-folder of images for each class, or two folders of those named train and val. Every value of the
+recipe can be overridden by an option.
+"""
+import argparse
+import logging
+import sys
+import time
+from typing import List, Optional
+
+from timm.utils import setup_default_logging
+
+import elsa_models  # noqa: F401, registers the models
+from elsa_models.training import DataError, OutputError, RecipeError, add_arguments, load_recipe, run
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the program and return its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--config', metavar='FILE', help='YAML recipe; without one, every value has its default')
+    add_arguments(parser)
+    overrides = vars(parser.parse_args(argv))
+    setup_default_logging(logging.WARNING)
+    logging.getLogger('elsa_models.training').setLevel(logging.INFO)
+    start = time.monotonic()
+    try:
+        recipe = load_recipe(overrides.pop('config'), overrides)
+        result = run(recipe)
+    except (RecipeError, DataError, OutputError, ImportError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('interrupted; earlier results are as they were', file=sys.stderr)
+        return 130
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    print()
+    print(f'test accuracy: {result.accuracy:.2f} % of {result.num_val} held-out images')
+    print(f'time:          {minutes} min {seconds} s')
+    print('results:')
+    for file in result.files:
+        print(f'  {file}')
+    print('load the model with:')
+    print(f"  import elsa_models, timm; timm.create_model('local-dir:{result.folder / 'model'}', pretrained=True)")
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What several test files share: weights in the authors' format, and measures of error."""
+import ast
+import re
+import zlib
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import torch
+
+DATA = Path(__file__).parent / 'data'
+
+_DTYPES = {'float32': torch.float32, 'int64': torch.int64}
+
+
+def authors_listing(size: str) -> List[Tuple[str, Tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every entry of the authors' state dict; size is tiny, small or base."""
+    lines = (DATA / f'official_keys_{size}.txt').read_text().splitlines()
+    rows = [line.split('\t') for line in lines]
+    return [(name, ast.literal_eval(shape), _DTYPES[dtype]) for name, shape, dtype in rows]
+
+
+def keyed_state_dict(size: str, seed: int = 0) -> Dict[str, torch.Tensor]:
+    """Weights in the authors' format that depend only on their names (see data/PROVENANCE.md; seed 0 is the record)."""
+    out = {}
+    for name, shape, dtype in authors_listing(size):
+        if not dtype.is_floating_point:
+            out[name] = torch.zeros(shape, dtype=dtype)  # saved buffers, which no reader may use
+            continue
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
+        *_, parent, leaf = ['', *name.split('.')]
+        if parent.startswith('norm') and leaf == 'weight':
+            x = 1 + .1 * x
+        elif leaf == 'bias':
+            x = .05 * x
+        elif leaf == 'rb':
+            x = .5 * x
+        elif leaf == 'ghost_head' or 'pre_proj' in name or '.attn.attn.' in '.' + name:
+            x = .1 * x
+        else:
+            x = .04 * x
+        out[name] = x
+    return out
+
+
+def keyed_input() -> torch.Tensor:
+    """The input of the record that belongs to `keyed_state_dict`, float32."""
+    return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1234))
+
+
+def to_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Write a state dict of ours as the authors would: the inverse of what the package reads."""
+    out = {}
+    for key, x in state_dict.items():
+        block, _, leaf = key.partition('.attn.')
+        local = block + '.attn.attn_conv.weight' in state_dict
+        if leaf == 'ghost_mul':
+            continue
+        if leaf == 'ghost_add':
+            mul = state_dict.get(block + '.attn.ghost_mul')
+            out[block + '.attn.ghost_head'] = x[None] if mul is None else torch.stack([mul, x])[:, None]
+            continue
+        if leaf == 'relative_position_bias_table':
+            out[block + '.attn.rb'] = x.flip(0).t().contiguous()
+            out[block + '.attn.relative_id'] = torch.zeros(x.shape[0], dtype=torch.int64)
+            continue
+        if leaf.startswith('qkv.') and not local:
+            q, k, v = x.chunk(3)
+            x = torch.cat([v, q, k])
+        elif leaf in ('qkv.weight', 'attn_logits.weight'):
+            x = x[:, :, None, None]
+        for name, authors in (('qkv', 'pre_proj'), ('attn_conv', 'attn.0'), ('attn_logits', 'attn.2'), ('proj', 'post_proj')):
+            if leaf.startswith(name + '.'):
+                key = f'{block}.attn.{authors}.{leaf.rpartition(".")[2]}'
+        key = re.sub(r'^head\.fc\.', 'head.', key)
+        key = re.sub(r'^layers\.(\d+)\.downsample', lambda m: f'layers.{int(m.group(1)) - 1}.downsample', key)
+        out[key] = x
+    return out
+
+
+def max_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference, in float64; infinite where a value is not finite."""
+    assert actual.shape == expected.shape, f'{tuple(actual.shape)} is not {tuple(expected.shape)}'
+    if actual.numel() == 0:
+        return 0.
+    difference = (actual.detach().double() - expected.detach().double()).abs()
+    return difference.nan_to_num(nan=float('inf')).max().item()
+
+
+def rms_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root of the mean squared difference, in float64."""
+    return (actual.detach().double() - expected.detach().double()).square().mean().sqrt().item()
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str = 'value') -> None:
+    """Every entry is right to `tolerance` times the largest entry, or times one where all are smaller."""
+    scale = max(1., expected.abs().max().item()) if expected.numel() else 1.
+    error = max_error(actual, expected)
+    assert error <= tolerance * scale, f'{name}: off by {error:.3g}, allowed {tolerance * scale:.3g}'

@@ -1,0 +1,56 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_near
+
+from elsa_models.layers import PaddedPatchEmbed
+
+
+def _embed(img_size, patch_size=4, **kwargs):
+    return PaddedPatchEmbed(img_size, patch_size, in_chans=3, embed_dim=8, output_fmt='NHWC', **kwargs).double()
+
+
+@pytest.mark.parametrize('img_size, grid', [
+    (32, (8, 8)), (33, (9, 9)), ((47, 65), (12, 17)), ((1, 4), (1, 1)), ((225, 231), (57, 58)), (3, (1, 1)),
+])
+def test_grid_counts_padded_patches(img_size, grid):
+    embed = _embed(img_size)
+    assert embed.grid_size == grid and embed.num_patches == grid[0] * grid[1]
+    H, W = embed.img_size
+    assert embed(torch.randn(2, 3, H, W, dtype=torch.float64)).shape == (2, *grid, 8)
+
+
+@pytest.mark.parametrize('height, width', [(32, 32), (33, 34), (47, 65), (1, 1)])
+def test_pads_zeros_right_and_below(height, width):
+    embed = _embed((height, width))
+    x = torch.randn(2, 3, height, width, dtype=torch.float64)
+    padded = F.pad(x, (0, -width % 4, 0, -height % 4))
+    expected = F.conv2d(padded, embed.proj.weight, embed.proj.bias, stride=4).permute(0, 2, 3, 1)
+    assert_near(embed(x), expected, 1e-12)
+
+
+def test_patches_that_are_no_squares():
+    embed = _embed((10, 10), patch_size=(4, 3))
+    assert embed.grid_size == (3, 4)
+    assert embed(torch.zeros(1, 3, 10, 10, dtype=torch.float64)).shape == (1, 3, 4, 8)
+
+
+def test_strict_size():
+    embed = _embed(33)
+    with pytest.raises(AssertionError):
+        embed(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    embed = _embed(33, strict_img_size=False)
+    assert embed(torch.zeros(1, 3, 30, 37, dtype=torch.float64)).shape == (1, 8, 10, 8)
+
+
+def test_set_input_size():
+    embed = _embed(32)
+    embed.set_input_size(img_size=(35, 41))
+    assert embed.grid_size == (9, 11) and embed.num_patches == 99
+    assert embed(torch.zeros(1, 3, 35, 41, dtype=torch.float64)).shape == (1, 9, 11, 8)
+
+
+@pytest.mark.parametrize('img_size', [0, -4, (32, 0), (32, 32, 32)])
+def test_bad_size_is_named(img_size):
+    with pytest.raises(ValueError, match=r'^img_size: got '):
+        _embed(img_size)
