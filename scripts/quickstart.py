@@ -3,10 +3,11 @@
 
     python3 scripts/quickstart.py                                  # handwritten digits
     python3 scripts/quickstart.py --data FOLDER                    # one sub-folder of images for each class
-    python3 scripts/quickstart.py --data FOLDER --epochs 3 --help  # all options are those of scripts/train.py
+    python3 scripts/quickstart.py --help                           # further options, those of scripts/train.py
 
 The environment is .venv in the repository. A complete one is used again, a half-made one is repaired.
 """
+import argparse
 import hashlib
 import os
 import subprocess
@@ -38,8 +39,8 @@ def check_python(version=sys.version_info):
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError as e:
-        sys.exit(f'error: this Python lacks the module {e.name}, which makes virtual environments. On Debian and Ubuntu:'
-                 f' sudo apt install python3-venv (or python{version[0]}.{version[1]}-venv)')
+        sys.exit(f'error: this Python lacks the module {e.name}, which makes virtual environments. On Debian and'
+                 f' Ubuntu: sudo apt install python3-venv (or python{version[0]}.{version[1]}-venv)')
 
 
 def works(python):
@@ -76,17 +77,15 @@ def prepare(root=ROOT, venv=VENV):
 
 def command(python, arguments, root=ROOT):
     """The command line of the training, with the recipe that suits the arguments unless they name one."""
-    options = [argument.partition('=')[0] for argument in arguments]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--config')
+    parser.add_argument('--data', default='digits')
+    known, _ = parser.parse_known_args(arguments)
     recipe = []
-    if '--config' not in options:
-        name = 'folder.yaml' if '--data' in options and 'digits' not in _values(arguments, '--data') else 'digits.yaml'
+    if known.config is None:
+        name = 'digits.yaml' if known.data == 'digits' else 'folder.yaml'
         recipe = ['--config', str(root / 'configs' / name)]
     return [str(python), str(root / 'scripts' / 'train.py'), *recipe, *arguments]
-
-
-def _values(arguments, option):
-    following = [value for name, value in zip(arguments, arguments[1:]) if name == option]
-    return following + [argument.partition('=')[2] for argument in arguments if argument.startswith(option + '=')]
 
 
 def main():

@@ -1,3 +1,3 @@
 from .elsa import ElsaAttention, ElsaBlock
-from .patch_embed import PaddedPatchEmbed
+from .patch import PaddedPatchEmbed, PaddedPatchMerging, pad_map
 from .window import WindowBlock

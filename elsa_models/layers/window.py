@@ -2,8 +2,11 @@
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
+
+from .patch import pad_map
+
+torch.fx.wrap('pad_map')
 
 
 class WindowBlock(SwinTransformerBlock):
@@ -16,42 +19,52 @@ class WindowBlock(SwinTransformerBlock):
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
         window_h, window_w = self.window_size
-        pad_h, pad_w = (window_h - H % window_h) % window_h, (window_w - W % window_w) % window_w
+        padded_h, padded_w = (H + window_h - 1) // window_h * window_h, (W + window_w - 1) // window_w * window_w
         shift_h, shift_w = self.shift_size
-        symbolic = False  # a shift that must not be branched on
-        if self.dynamic_mask:
-            shift_h, shift_w = self._dynamic_shift(H, W)
-            if not torch.jit.is_scripting():
-                symbolic = isinstance(shift_h, torch.SymInt) or isinstance(shift_w, torch.SymInt)
-        shifted = symbolic or shift_h > 0 or shift_w > 0
+        shifted = shift_h > 0 or shift_w > 0
         mask: Optional[torch.Tensor] = None
-        if not self.dynamic_mask:
+        if self.dynamic_mask:
+            shift_h, shift_w, shifted = self._dynamic_shift(H, W)
+            if shifted:
+                mask = self._make_mask(padded_h, padded_w, shift_h, shift_w, x.dtype, x.device)
+        else:
             mask = self.attn_mask
-        elif shifted:
-            mask = self._make_mask(H + pad_h, W + pad_w, shift_h, shift_w, x.dtype, x.device)
 
         if shifted:
             x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
-        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+        x = pad_map(x, padded_h, padded_w)
         windows = window_partition(x, self.window_size).view(-1, self.window_area, C)
         windows = self.attn(windows, mask=mask)
         windows = windows.view(-1, window_h, window_w, C)
-        x = window_reverse(windows, self.window_size, H + pad_h, W + pad_w)[:, :H, :W, :].contiguous()
-        if shifted:
+        x = window_reverse(windows, self.window_size, padded_h, padded_w)
+        return self._uncover(x, H, W, shift_h, shift_w)
+
+    def _uncover(self, x: torch.Tensor, H: int, W: int, shift_h: int, shift_w: int) -> torch.Tensor:
+        """Take padding and shift off a map."""
+        if not torch.jit.is_scripting():
+            if self.dynamic_mask and torch.compiler.is_compiling():
+                # a crop is a view, and compiles anew for maps on which it is contiguous
+                rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
+                return x.index_select(1, (rows - shift_h) % H).index_select(2, (columns - shift_w) % W)
+        x = x[:, :H, :W, :].contiguous()
+        if shift_h > 0 or shift_w > 0:
             x = torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2))
         return x
 
-    def _dynamic_shift(self, H: int, W: int) -> Tuple[int, int]:
-        if self.always_partition:
-            return self.shift_size
-        window_h, window_w = self.window_size
-        if self.target_shift_size[0] == 0 and self.target_shift_size[1] == 0:
-            return 0, 0
+    def _dynamic_shift(self, H: int, W: int) -> Tuple[int, int, bool]:
+        """Shifts of a map, and whether there may be any: where they are symbolic, that must not be branched on."""
+        target_h, target_w = self.target_shift_size
+        if self.always_partition or (target_h == 0 and target_w == 0):
+            shift_h, shift_w = self.shift_size
+            return shift_h, shift_w, shift_h > 0 or shift_w > 0
         # half a window, or none where one window covers the map
-        count_h, count_w = (H - 1) // window_h, (W - 1) // window_w
-        if torch.jit.is_scripting():
-            return window_h // 2 * min(count_h, 1), window_w // 2 * min(count_w, 1)
-        return window_h // 2 * torch.sym_min(count_h, 1), window_w // 2 * torch.sym_min(count_w, 1)
+        window_h, window_w = self.window_size
+        further_h, further_w = (H - 1) // window_h, (W - 1) // window_w
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_compiling():
+                return window_h // 2 * torch.sym_min(further_h, 1), window_w // 2 * torch.sym_min(further_w, 1), True
+        shift_h, shift_w = window_h // 2 * min(further_h, 1), window_w // 2 * min(further_w, 1)
+        return shift_h, shift_w, shift_h > 0 or shift_w > 0
 
     def _make_mask(
             self,

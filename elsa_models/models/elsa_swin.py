@@ -13,9 +13,9 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, to_ntuple
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models.swin_transformer import PatchMerging, SwinTransformer, resolve_stage_window_sizes
+from timm.models.swin_transformer import SwinTransformer, resolve_stage_window_sizes
 
-from ..layers import ElsaBlock, PaddedPatchEmbed, WindowBlock
+from ..layers import ElsaBlock, PaddedPatchEmbed, PaddedPatchMerging, WindowBlock
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 
 __all__ = ['ElsaSwin']  # model_registry will add each entrypoint fn to this
@@ -195,7 +195,7 @@ class ElsaSwin(SwinTransformer):
         self.feature_info = []
         for i in range(num_stages):
             dim = embed_dim * 2 ** i
-            downsample = PatchMerging(dim // 2, dim, norm_layer=norm_layer, **dd) if i > 0 else nn.Identity()
+            downsample = PaddedPatchMerging(dim // 2, dim, norm_layer=norm_layer, **dd) if i > 0 else nn.Identity()
             output_resolution = tuple([(s + 1) // 2 for s in resolution]) if i > 0 else resolution
             block_args = dict(
                 dim=dim,

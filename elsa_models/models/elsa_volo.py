@@ -615,7 +615,7 @@ class ElsaVolo(VOLO):
             ValueError: output_fmt is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
-            raise ValueError(f'output_fmt: got {output_fmt!r}, must be \'NCHW\'.')
+            raise ValueError(f'output_fmt: got \'{output_fmt}\', must be \'NCHW\'.')
         intermediates = []
         take_indices, max_index = feature_take_indices(len(self.stage_ends), indices)
         take_indices = [self.stage_ends[i] for i in take_indices]

@@ -3,3 +3,8 @@ from .config import Recipe, RecipeError, add_arguments, load_recipe
 from .data import DataError, LabelledImages, create_loaders, load_splits
 from .files import OutputError, replace_folder
 from .run import Result, run
+
+__all__ = [
+    'DataError', 'LabelledImages', 'OutputError', 'Recipe', 'RecipeError', 'Result', 'add_arguments',
+    'create_loaders', 'load_recipe', 'load_splits', 'replace_folder', 'run',
+]

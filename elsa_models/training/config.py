@@ -44,7 +44,7 @@ class Recipe:
 
     # model
     model: str = _value('test_elsa_swin', "timm's name of the model; local-dir:FOLDER for one saved by a former run")
-    model_args: Dict[str, Any] = _value({}, 'further arguments of the model, such as img_size, kernel_size, drop_path_rate')
+    model_args: Dict[str, Any] = _value({}, 'further arguments of the model: img_size, kernel_size, ...')
     pretrained: bool = _value(False, "start from the model's weights instead of random ones")
     checkpoint: Optional[str] = _value(None, 'start from the weights in this file; a classifier of other classes is'
                                              ' left out')

@@ -92,7 +92,7 @@ def draw_predictions(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.axis('off')
-    for ax, i in zip(axes, shown + sample):
+    for ax, i in zip(axes, shown + sample, strict=False):
         _show(ax, images.image(i))
         name = _short(class_names[predicted[i]])
         if predicted[i] == targets[i]:
@@ -114,8 +114,8 @@ def draw_attention(
 
     The image is the first that is recognised. A row shows the neighbourhood of one pixel of the map, how each head
     spreads its attention over it, and for every pixel the part of its neighbours over which attention spreads: the
-    exponential of the entropy, averaged over the heads, over K * K. The query is the pixel of the first map with the lowest
-    one, of those whose neighbourhood lies inside of the image.
+    exponential of the entropy, averaged over the heads, over K * K. The query is the pixel of the first map where that
+    part is smallest, of those whose neighbourhood lies inside of the image.
 
     Args:
         model: Model that holds `ElsaAttention`.

@@ -82,8 +82,6 @@ class Tap:
         self.input, self.output = args[0], output
 
 
-# --- the architecture
-
 @pytest.mark.parametrize('name', PARAMS)
 def test_parameters_are_those_of_the_table(name):
     model = create_model(name, device='meta')
@@ -117,7 +115,8 @@ def test_inferred_settings_are_the_defaults():
 
 def test_settings_of_the_first_stage_can_be_given():
     model = small(
-        kernel_size=3, dilation=2, group_width=4, lam=0, gamma=.5, qk_scale=.25, local_qkv_bias=True, mlp_ratio=(2, 3, 3, 3))
+        kernel_size=3, dilation=2, group_width=4, lam=0, gamma=.5, qk_scale=.25, local_qkv_bias=True,
+        mlp_ratio=(2, 3, 3, 3))
     for block in model.network[0]:
         attn = block.attn
         assert (attn.kernel_size, attn.dilation, attn.lam, attn.gamma, attn.qk_scale) == (3, 2, 0, .5, .25)
@@ -153,8 +152,6 @@ def test_position_embedding_precedes_the_first_global_stage():
     assert bits_equal(tap.input, before.output + model.pos_embed)
 
 
-# --- equal to VOLO after stage 1
-
 @pytest.mark.parametrize('training', [False, True])
 def test_everything_after_stage_1_equals_volo(training):
     volo = create_model('volo_d1_224').train(training)
@@ -182,16 +179,9 @@ def test_everything_after_stage_1_equals_volo(training):
 def test_stage_1_is_used():
     model = small()
     x = torch.randn(1, 3, 64, 64)
-    y = model(x)
-    for p in model.network[0].parameters():
-        with torch.no_grad():
-            p.add_(.1)
-        z = model(x)
-        assert not bits_equal(y, z)
-        y = z
+    model(x).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.network[0].parameters())
 
-
-# --- sizes
 
 @pytest.mark.parametrize('size', SIZES)
 def test_any_size_is_padded_inside(size):
@@ -222,7 +212,7 @@ def test_dynamic_size_equals_set_input_size(size):
     x = torch.randn(2, 3, *size)
     with torch.no_grad():
         assert bits_equal(dynamic(x), fixed(x))
-    assert bits_equal(small(strict_img_size=False, img_size=size)(x).new_zeros(1), torch.zeros(1))
+    assert small(strict_img_size=False)(x).shape == (2, 10)
 
 
 def test_position_embedding_is_resampled():
@@ -297,8 +287,6 @@ def test_image_of_another_size_is_refused():
         small(dynamic_img_size=True)(torch.randn(1, 3, 64, 7))
 
 
-# --- checkpoints
-
 def test_checkpoint_moves_between_sizes(tmp_path):
     source = small()
     path = tmp_path / 'weights.pth'
@@ -350,27 +338,25 @@ def test_hub_round_trip_after_resize(tmp_path):
     assert bits_equal(restored(x), model(x))
 
 
-# --- features
-
 @pytest.mark.parametrize('size', [(224, 224), (256, 320), (225, 231)])
-@pytest.mark.parametrize('indices', [(0, 1, 2, 3), (0, 3), (0,), (1,), (-1,)])
-def test_features_have_their_real_strides(size, indices):
-    torch.manual_seed(1)
+def test_features_have_their_real_strides(size):
     full = create_model('elsa_volo_d1_224', img_size=size, **SHALLOW).eval()
-    model = create_model(
-        'elsa_volo_d1_224', img_size=size, features_only=True, out_indices=indices, **SHALLOW).eval()
-    channels, strides = (192, 384, 384, 384), (8, 16, 16, 16)
-    assert model.feature_info.channels() == [channels[i] for i in indices]
-    assert model.feature_info.reduction() == [strides[i] for i in indices]
-    model.model.load_state_dict({k: x for k, x in full.state_dict().items() if k in model.model.state_dict()})
     x = torch.randn(1, 3, *size)
     with torch.no_grad():
-        maps = model(x)
-        expected = full.forward_intermediates(x, indices=list(indices), intermediates_only=True)
-    assert len(maps) == len(indices)
-    for i, m, e in zip(indices, maps, expected, strict=True):
-        assert m.shape == (1, channels[i], *(math.ceil(s / strides[i]) for s in size))
-        assert bits_equal(m, e)
+        expected = full.forward_intermediates(x, intermediates_only=True)
+    channels, strides = (192, 384, 384, 384), (8, 16, 16, 16)
+    for indices in ((0, 1, 2, 3), (0, 3), (0,), (1,), (-1,)):
+        model = create_model(
+            'elsa_volo_d1_224', img_size=size, features_only=True, out_indices=indices, **SHALLOW).eval()
+        assert model.feature_info.channels() == [channels[i] for i in indices]
+        assert model.feature_info.reduction() == [strides[i] for i in indices]
+        model.model.load_state_dict({k: x for k, x in full.state_dict().items() if k in model.model.state_dict()})
+        with torch.no_grad():
+            maps = model(x)
+        assert len(maps) == len(indices)
+        for i, m in zip(indices, maps, strict=True):
+            assert m.shape == (1, channels[i], *(math.ceil(s / strides[i]) for s in size))
+            assert bits_equal(m, expected[i])
 
 
 def test_default_features_are_all_stages():
@@ -413,8 +399,6 @@ def test_pruned_features_torchscript():
         with torch.no_grad():
             torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
-
-# --- heads and training
 
 def test_forward_never_mixes_nor_returns_tuples():
     model = small(use_mix_token=True).train()
@@ -611,8 +595,6 @@ def test_reset_classifier_keeps_pool_and_resets_both_heads():
         model.reset_classifier(3, 'max')
 
 
-# --- what users and tools do with models
-
 def test_initialisation_after_to_empty():
     model = create_model('test_elsa_volo', device='meta', dtype=torch.float64).to_empty(device='cpu').eval()
     with torch.no_grad():
@@ -689,8 +671,7 @@ def test_layer_decay_groups_cover_the_model():
     assert decay[names['network.0.0.attn.ghost_add']] == .05
     order = [
         'patch_embed.proj.weight', 'network.0.0.mlp.fc1.weight', 'network.1.proj.weight',
-        'network.2.0.mlp.fc1.weight', 'network.6.0.mlp.fc1.weight' if 'network.6.0.mlp.fc1.weight' in names
-        else 'network.4.0.mlp.fc1.weight', 'head.weight']
+        'network.2.0.mlp.fc1.weight', 'network.4.0.mlp.fc1.weight', 'head.weight']
     scales = [rate[names[n]] for n in order]
     assert scales == sorted(scales) and scales[0] < scales[-1] == 1.
 
@@ -740,8 +721,6 @@ def test_onnx_has_no_col2im(tmp_path):
 def test_package_exports():
     assert elsa_models.models.ElsaVolo is ElsaVolo and callable(elsa_models.models.warm_start)
 
-
-# --- large and long
 
 LARGE = [n for n in PARAMS if not n.endswith('224')]
 

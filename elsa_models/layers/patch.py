@@ -1,0 +1,81 @@
+"""Patch embedding and merging for maps of any size, padded on the right and at the bottom.
+
+Sizes are computed by rounding a quotient up, never by a remainder: where they are symbolic (torch.compile, export),
+a chain of remainders through the stages takes minutes to simplify.
+"""
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Format, PatchEmbed, nchw_to, to_2tuple
+from timm.models.swin_transformer import PatchMerging
+
+
+def pad_map(x: torch.Tensor, H: int, W: int) -> torch.Tensor:
+    """Pad maps (B, h, w, C) with zeros to (B, H, W, C)."""
+    extra_h, extra_w = H - x.shape[1], W - x.shape[2]
+    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+        if extra_h == 0 and extra_w == 0:
+            return x  # F.pad would copy
+    return F.pad(x, (0, 0, 0, extra_w, 0, extra_h))
+
+
+torch.fx.wrap('pad_map')
+
+
+class PaddedPatchEmbed(PatchEmbed):
+    """timm's `PatchEmbed`, whose grid counts the patches that padding completes.
+
+    timm pads as well (`dynamic_img_pad`), but takes the grid of a fixed image size by rounding down.
+    """
+    output_fmt: Format  # TorchScript reads the annotations of this class alone
+    dynamic_img_pad: torch.jit.Final[bool]
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, dynamic_img_pad=True, **kwargs)
+
+    def _init_img_size(
+            self,
+            img_size: Optional[Union[int, Tuple[int, int]]],
+    ) -> Tuple[Optional[Tuple[int, int]], Optional[Tuple[int, int]], Optional[int]]:
+        if img_size is None:
+            return None, None, None
+        img_size = to_2tuple(img_size)
+        if len(img_size) != 2 or min(img_size) < 1:
+            raise ValueError(f'img_size: got {img_size}, must be one or two positive numbers of pixels.')
+        grid_size = tuple([(s + p - 1) // p for s, p in zip(img_size, self.patch_size)])
+        return tuple(img_size), grid_size, grid_size[0] * grid_size[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (B, in_chans, H, W) to (B, ceil(H / patch), ceil(W / patch), embed_dim)."""
+        B, C, H, W = x.shape
+        if self.img_size is not None and self.strict_img_size:
+            _check_size(H, W, self.img_size[0], self.img_size[1])
+        patch_h, patch_w = self.patch_size
+        grid_h, grid_w = (H + patch_h - 1) // patch_h, (W + patch_w - 1) // patch_w
+        x = pad_map(x.permute(0, 2, 3, 1), grid_h * patch_h, grid_w * patch_w).permute(0, 3, 1, 2)
+        x = nchw_to(self.proj(x), self.output_fmt)
+        return self.norm(x)
+
+
+def _check_size(H: int, W: int, expected_H: int, expected_W: int) -> None:
+    if torch.jit.is_scripting() or not torch.jit.is_tracing():
+        if H != expected_H or W != expected_W:
+            raise ValueError(
+                f'input: got height {H} and width {W}, must be {expected_H} and {expected_W}. Build the model with '
+                f'img_size or dynamic_img_size=True, or call set_input_size, for other sizes.')
+
+
+torch.fx.wrap('_check_size')
+
+
+class PaddedPatchMerging(PatchMerging):
+    """timm's `PatchMerging`, with sizes as said above."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+        B, H, W, C = x.shape
+        half_h, half_w = (H + 1) // 2, (W + 1) // 2
+        x = pad_map(x, half_h * 2, half_w * 2)
+        x = x.reshape(B, half_h, 2, half_w, 2, C).permute(0, 1, 3, 4, 2, 5).flatten(3)  # column before row
+        return self.reduction(self.norm(x))

@@ -1,0 +1,127 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def quickstart():
+    spec = importlib.util.spec_from_file_location('quickstart', ROOT / 'scripts' / 'quickstart.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def repository(tmp_path):
+    for name in ('setup.cfg', 'pyproject.toml'):
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+@pytest.fixture
+def calls(quickstart, monkeypatch):
+    """Record the commands instead of running them; an environment works from its creation on."""
+    calls = []
+
+    def check_call(arguments):
+        calls.append(arguments)
+        if 'venv' in arguments:
+            python = quickstart.python_of(Path(arguments[-1]))
+            python.parent.mkdir(parents=True, exist_ok=True)
+            python.write_text('')
+
+    monkeypatch.setattr(quickstart.subprocess, 'check_call', check_call)
+    monkeypatch.setattr(quickstart, 'works', lambda python: python.is_file())
+    return calls
+
+
+def _kinds(calls):
+    return ['venv' if 'venv' in c else 'install' for c in calls]
+
+
+def test_complete_environment_is_used_again(quickstart, repository, calls):
+    venv = repository / '.venv'
+    assert quickstart.prepare(repository, venv) == quickstart.python_of(venv)
+    assert _kinds(calls) == ['venv', 'install']
+    assert calls[0][0] == sys.executable
+    assert calls[1][0] == str(quickstart.python_of(venv)) and calls[1][-1] == f'{repository}[train,onnx]'
+    quickstart.prepare(repository, venv)
+    assert len(calls) == 2
+
+
+def test_half_made_environment_is_repaired(quickstart, repository, calls, monkeypatch):
+    venv = repository / '.venv'
+    venv.mkdir()
+    record = quickstart.subprocess.check_call
+
+    def interrupted(arguments):
+        record(arguments)
+        if 'install' in arguments:
+            raise subprocess.CalledProcessError(1, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart.subprocess, 'check_call', interrupted)
+        with pytest.raises(subprocess.CalledProcessError):
+            quickstart.prepare(repository, venv)
+    quickstart.prepare(repository, venv)  # the interpreter is there, the packages are not
+    assert _kinds(calls) == ['venv', 'install', 'install']
+    quickstart.python_of(venv).unlink()
+    quickstart.prepare(repository, venv)
+    assert _kinds(calls)[3:] == ['venv', 'install']
+    assert '--clear' in calls[3]
+
+
+def test_changed_requirements_are_installed(quickstart, repository, calls):
+    quickstart.prepare(repository, repository / '.venv')
+    (repository / 'setup.cfg').write_text('other')
+    quickstart.prepare(repository, repository / '.venv')
+    assert _kinds(calls) == ['venv', 'install', 'install']
+
+
+def test_interpreter_of_each_system(quickstart):
+    assert quickstart.python_of(Path('v'), 'posix') == Path('v/bin/python')
+    assert quickstart.python_of(Path('v'), 'nt') == Path('v/Scripts/python.exe')
+
+
+def test_works_means_that_pip_runs(quickstart, tmp_path):
+    assert quickstart.works(Path(sys.executable))
+    assert not quickstart.works(tmp_path / 'absent')
+    (tmp_path / 'broken').write_text('')
+    assert not quickstart.works(tmp_path / 'broken')
+
+
+def test_old_python_is_refused(quickstart):
+    with pytest.raises(SystemExit, match=r'this is Python 3\.9, but 3\.10 or later is needed'):
+        quickstart.check_python((3, 9, 1))
+    quickstart.check_python()
+
+
+def test_missing_ensurepip_is_explained(quickstart, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ensurepip', None)
+    with pytest.raises(SystemExit, match='lacks the module ensurepip.*python3-venv'):
+        quickstart.check_python()
+
+
+@pytest.mark.parametrize('arguments, recipe', [
+    ([], 'digits.yaml'),
+    (['--epochs', '3'], 'digits.yaml'),
+    (['--data', 'digits'], 'digits.yaml'),
+    (['--data', 'photos'], 'folder.yaml'),
+    (['--epochs', '3', '--data=photos'], 'folder.yaml'),
+    (['--config', 'mine.yaml', '--data', 'photos'], None),
+])
+def test_arguments_are_passed_on(quickstart, arguments, recipe):
+    command = quickstart.command(Path('python'), arguments, Path('root'))
+    chosen = [] if recipe is None else ['--config', str(Path('root', 'configs', recipe))]
+    assert command == ['python', str(Path('root', 'scripts', 'train.py')), *chosen, *arguments]
+
+
+def test_needs_nothing_but_the_standard_library():
+    # -I -S: no site packages, and nothing beside the script
+    code = f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'quickstart.py')!r}, run_name='imported')"
+    subprocess.run([sys.executable, '-I', '-S', '-c', code], check=True)

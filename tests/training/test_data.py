@@ -1,0 +1,145 @@
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from elsa_models.training import DataError, Recipe, create_loaders, load_splits
+
+DATA_CONFIG = dict(
+    input_size=(3, 16, 16), interpolation='bilinear', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1., crop_mode='center')
+
+
+def _splits(folder, **kwargs):
+    return load_splits(Recipe(data=str(folder), **kwargs))
+
+
+def test_digits_hold_out_a_quarter_of_each_class():
+    splits = load_splits(Recipe())
+    train, val = Counter(splits.train.targets), Counter(splits.val.targets)
+    assert splits.class_names == list('0123456789')
+    assert len(splits.train) + len(splits.val) == 1797
+    for target in range(10):
+        assert abs(val[target] - 0.25 * (train[target] + val[target])) <= 0.5
+    images = [image.tobytes() for image in splits.train.images]
+    assert splits.train.image(0).size == (8, 8) and splits.train.image(0).mode == 'RGB'
+    assert max(max(image) for image in images) == 255
+
+
+def test_hold_out_is_fixed_by_its_seed_alone():
+    paths = [load_splits(Recipe(seed=seed, val_seed=val_seed)).val for seed, val_seed in ((1, 0), (2, 0), (1, 1))]
+    content = [[image.tobytes() for image in val.images] for val in paths]
+    assert content[0] == content[1] != content[2]
+
+
+def test_no_image_is_in_both_parts(image_folder):
+    splits = _splits(image_folder)
+    assert splits.class_names == ['blue', 'red']
+    assert len(splits.val) == 4 and Counter(splits.val.targets) == {0: 2, 1: 2}
+    assert len(set(splits.train.images) | set(splits.val.images)) == 16
+    for image, target in zip(splits.val.images, splits.val.targets, strict=True):
+        assert image.parent.name == splits.class_names[target]
+
+
+def test_limit_is_per_class(image_folder):
+    splits = _splits(image_folder, limit=4)
+    assert Counter(splits.train.targets + splits.val.targets) == {0: 4, 1: 4}
+
+
+def test_classes_are_in_natural_order(image_folder):
+    for name in ('10', '9'):
+        shutil.copytree(image_folder / 'red', image_folder / name)
+    assert _splits(image_folder).class_names == ['9', '10', 'blue', 'red']
+
+
+def test_train_and_val_folders(image_folder, tmp_path):
+    folder = tmp_path / 'parts'
+    shutil.copytree(image_folder, folder / 'train')
+    shutil.copytree(image_folder / 'red', folder / 'val' / 'red')
+    splits = _splits(folder)
+    assert (len(splits.train), len(splits.val)) == (16, 8)
+    assert splits.class_names == ['blue', 'red'] and set(splits.val.targets) == {1}
+    assert len(_splits(folder, limit=3).val) == 3
+
+    shutil.copytree(image_folder / 'red', folder / 'val' / 'green')
+    with pytest.raises(DataError, match='green'):
+        _splits(folder)
+    shutil.rmtree(folder / 'val')
+    with pytest.raises(DataError, match="none named 'val'"):
+        _splits(folder)
+
+
+def test_hidden_and_foreign_files_are_passed_over(image_folder):
+    (image_folder / '.cache').mkdir()
+    (image_folder / 'notes.txt').write_text('x')
+    (image_folder / 'red' / 'notes.txt').write_text('x')
+    (image_folder / 'red' / '._0.png').write_text('x')
+    splits = _splits(image_folder)
+    assert splits.class_names == ['blue', 'red'] and len(splits.train) + len(splits.val) == 16
+
+
+def test_missing_empty_and_single_class_folders(image_folder, tmp_path):
+    with pytest.raises(DataError, match='absent'):
+        _splits(tmp_path / 'absent')
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(DataError, match='empty: must hold one sub-folder'):
+        _splits(tmp_path / 'empty')
+    (image_folder / 'void').mkdir()
+    with pytest.raises(DataError, match='void: holds no images'):
+        _splits(image_folder)
+    shutil.rmtree(image_folder / 'void')
+    shutil.rmtree(image_folder / 'red')
+    with pytest.raises(DataError, match="one class only, 'blue'"):
+        _splits(image_folder)
+
+
+def test_class_of_one_image_is_named(image_folder):
+    (image_folder / 'lonely').mkdir()
+    shutil.copy(image_folder / 'red' / '0.png', image_folder / 'lonely')
+    with pytest.raises(DataError, match="'lonely': has one image"):
+        _splits(image_folder)
+
+
+@pytest.mark.parametrize('content', [b'', b'no image', 'truncated'])
+def test_broken_image_is_named_up_front(image_folder, content):
+    broken = image_folder / 'red' / 'broken.png'
+    if content == 'truncated':
+        Image.effect_noise((64, 64), 50.).save(broken)
+        content = broken.read_bytes()[:-2000]
+    broken.write_bytes(content)
+    with pytest.raises(DataError, match=r'broken\.png: cannot be read as an image'):
+        _splits(image_folder)
+
+
+def test_truncated_jpeg_is_named_when_it_is_read(image_folder):
+    # its header is fine, and a JPEG has no checksums
+    broken = image_folder / 'red' / 'broken.jpg'
+    Image.effect_noise((256, 256), 50.).save(broken)
+    broken.write_bytes(broken.read_bytes()[:-5000])
+    splits = _splits(image_folder)
+    part = splits.train if broken in splits.train.images else splits.val
+    with pytest.raises(DataError, match=r'broken\.jpg: cannot be read as an image'):
+        part[part.images.index(broken)]
+
+
+def test_images_are_upright(tmp_path, image_folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    path = image_folder / 'red' / '0.png'
+    Image.new('L', (30, 10)).save(path, exif=exif)
+    splits = _splits(image_folder)
+    part = splits.train if path in splits.train.images else splits.val
+    assert part.image(part.images.index(path)).size == (10, 30)
+
+
+@pytest.mark.parametrize('batch_size', [5, 100])
+def test_loaders(image_folder, batch_size):
+    recipe = Recipe(data=str(image_folder), batch_size=batch_size, color_jitter=0.)
+    splits = load_splits(recipe)
+    train_loader, val_loader = create_loaders(recipe, splits, DATA_CONFIG, torch.device('cpu'))
+    images, targets = next(iter(train_loader))
+    assert images.shape == (min(batch_size, 12), 3, 16, 16) and images.dtype == torch.float32
+    assert torch.cat([t for _, t in val_loader]).tolist() == splits.val.targets
+    # a blue image has nothing in its red channel, whose black is -1 after normalisation
+    assert (images[targets == 0][:, 0] == -1.).all() and (images[targets == 0][:, 2] > -1.).all()

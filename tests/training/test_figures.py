@@ -1,0 +1,82 @@
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import elsa_models  # noqa: F401
+from elsa_models.training import figures
+from elsa_models.training.data import LabelledImages
+
+
+@pytest.fixture
+def model():
+    return timm.create_model('test_elsa_swin', num_classes=3, img_size=32, depths=(1, 2, 1, 1)).eval()
+
+
+def test_attention_of_every_layer_is_what_the_layer_computes(model):
+    image = torch.randn(3, 32, 32)
+    model.train()
+    layers = figures.attention_layers(model, image)
+    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+    assert [layer.name for layer in layers] == [
+        'layers.0.blocks.0.attn', 'layers.1.blocks.0.attn', 'layers.1.blocks.1.attn', 'layers.2.blocks.0.attn']
+    assert [tuple(layer.weights.shape) for layer in layers] == [
+        (8, 8, 1, 5, 5), (4, 4, 2, 5, 5), (4, 4, 2, 5, 5), (2, 2, 4, 5, 5)]
+    model.eval()
+    with torch.no_grad():
+        block = model.layers[0].blocks[0]
+        x = block.norm1(model.patch_embed(image[None]))
+        expected = block.attn.attention_map(x)[0]
+    torch.testing.assert_close(layers[0].weights.flatten(3), expected)
+
+
+def _layer(weights, kernel_size=3):
+    return figures.AttentionLayer('x', kernel_size, 1, weights)
+
+
+def test_spread_counts_neighbours():
+    weights = torch.full((1, 2, 1, 3, 3), 1 / 9)
+    weights[0, 1] = 0.
+    weights[0, 1, 0, 0, 0] = 1.
+    torch.testing.assert_close(figures._spread(_layer(weights)), torch.tensor([[9., 1.]]))
+
+
+def test_query_is_the_sharpest_pixel_inside():
+    weights = torch.full((6, 7, 1, 3, 3), 1 / 9)
+    for i, j in ((0, 0), (3, 4)):
+        weights[i, j] = 0.
+        weights[i, j, 0, 1, 1] = 1.
+    assert figures._choose_query(_layer(weights)) == [3, 4]
+
+
+@pytest.mark.parametrize('number, wrong', [(1, 0), (3, 3), (50, 30)])
+@pytest.mark.parametrize('size', [(8, 8), (100, 40)])
+def test_predictions_are_drawn(tmp_path, number, wrong, size):
+    images = LabelledImages([Image.new('RGB', size, (i, 0, 0)) for i in range(number)], [0] * number)
+    logits = torch.zeros(number, 2)
+    logits[:wrong, 1] = 5.
+    logits[wrong:, 0] = 5.
+    figures.draw_predictions(images, logits, ['a class of a very long name', 'other'], tmp_path / 'p.png')
+    with Image.open(tmp_path / 'p.png') as image:
+        colors = {c for _, c in image.convert('RGB').getcolors(1 << 24)}
+    assert ((0xc5, 0x1b, 0x2b) in colors) == (wrong > 0)
+    assert ((0x1b, 0x78, 0x37) in colors) == (wrong < number)
+
+
+@pytest.mark.parametrize('in_chans', [1, 3])
+def test_attention_is_drawn(tmp_path, in_chans):
+    model = timm.create_model('test_elsa_swin', num_classes=3, img_size=(16, 48), in_chans=in_chans)
+    images = LabelledImages([Image.new('L', (16, 48))], [0])
+    images.transform = lambda image: torch.randn(in_chans, 16, 48)
+    figures.draw_attention(model, images, torch.zeros(1, 3), ['a', 'b', 'c'], tmp_path / 'a.png')
+    with Image.open(tmp_path / 'a.png') as image:
+        colors = {c for _, c in image.convert('RGB').getcolors(1 << 24)}
+    assert (0xff, 0x7f, 0x0e) in colors and (0x2f, 0x9b, 0xff) in colors
+
+
+def test_attention_needs_a_local_layer(tmp_path):
+    images = LabelledImages([Image.new('L', (32, 32))], [0])
+    images.transform = lambda image: torch.randn(3, 32, 32)
+    model = timm.create_model('test_resnet', num_classes=3)
+    with pytest.raises(ValueError, match='no ElsaAttention'):
+        figures.draw_attention(model, images, torch.zeros(1, 3), ['a', 'b', 'c'], tmp_path / 'a.png')

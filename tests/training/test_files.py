@@ -1,0 +1,71 @@
+import pytest
+
+from elsa_models.training import OutputError, replace_folder
+
+NAMES = ('a', 'b')
+
+
+def _content(folder):
+    return {p.name: p.read_text() for p in folder.iterdir()}
+
+
+def test_creates_and_replaces(tmp_path):
+    folder = tmp_path / 'deep' / 'result'
+    for text in ('first', 'second'):
+        with replace_folder(folder, NAMES) as temporary:
+            assert temporary.parent == folder.parent
+            (temporary / 'a').write_text(text)
+            assert not folder.exists() or _content(folder) == {'a': 'first'}
+        assert _content(folder) == {'a': text}
+    assert [p.name for p in folder.parent.iterdir()] == ['result']
+
+
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+def test_failure_leaves_the_former_folder_alone(tmp_path, error):
+    folder = tmp_path / 'result'
+    with replace_folder(folder, NAMES) as temporary:
+        (temporary / 'a').write_text('first')
+    with pytest.raises(error), replace_folder(folder, NAMES) as temporary:
+        (temporary / 'a').write_text('half')
+        raise error
+    assert _content(folder) == {'a': 'first'}
+    assert [p.name for p in tmp_path.iterdir()] == ['result']
+
+
+def test_failure_to_rename_brings_the_former_folder_back(tmp_path, monkeypatch):
+    folder = tmp_path / 'result'
+    with replace_folder(folder, NAMES) as temporary:
+        (temporary / 'a').write_text('first')
+    rename = type(folder).rename
+
+    def failing(self, target):
+        if target == folder and 'former' not in self.name:
+            raise OSError('no')
+        return rename(self, target)
+
+    monkeypatch.setattr(type(folder), 'rename', failing)
+    with pytest.raises(OSError, match='no'), replace_folder(folder, NAMES) as temporary:
+        (temporary / 'a').write_text('second')
+    assert _content(folder) == {'a': 'first'}
+
+
+def test_failure_keeps_what_is_dear(tmp_path):
+    with pytest.raises(RuntimeError), replace_folder(tmp_path / 'result', NAMES, keep='a') as temporary:
+        (temporary / 'a').write_text('dear')
+        raise RuntimeError
+    assert _content(temporary) == {'a': 'dear'} and not (tmp_path / 'result').exists()
+
+
+def test_foreign_content_is_never_replaced(tmp_path):
+    folder = tmp_path / 'result'
+    folder.mkdir()
+    (folder / 'thesis.txt').write_text('x')
+    with pytest.raises(OutputError, match=r"'thesis\.txt'"), replace_folder(folder, NAMES):
+        pytest.fail('must not be entered')
+    (folder / 'thesis.txt').unlink()
+    with pytest.raises(OutputError, match=r"'late\.txt'"), replace_folder(folder, NAMES):
+        (folder / 'late.txt').write_text('x')
+    assert _content(folder) == {'late.txt': 'x'}
+    (tmp_path / 'file').write_text('x')
+    with pytest.raises(OutputError, match='file: is a file'), replace_folder(tmp_path / 'file', NAMES):
+        pytest.fail('must not be entered')
