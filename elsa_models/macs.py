@@ -1,8 +1,9 @@
 """Counting multiply-accumulates.
 
-The convention is that of the papers: convolutions, linear layers and the two matrix products of attention. Local
-attention over K x K taps of C channels and N pixels is 2 * K ** 2 * C * N: once for the attention and once for the
-ghost head. Norms, activations, softmax, biases and the resampling of positions are not counted.
+The convention is that of the papers: convolutions, linear layers and the two matrix products of attention. In ELSA
+these are the Hadamard product of query and key, and local attention over K x K taps of C channels and N pixels, which is
+2 * K ** 2 * C * N: once for the attention and once for the ghost head. Norms, activations, softmax, biases and the
+resampling of positions are not counted.
 """
 from typing import Dict, Optional, Tuple
 
@@ -11,6 +12,7 @@ import torch.nn as nn
 from timm.models._input import get_model_input_config
 from torch.utils.flop_counter import FlopCounterMode
 
+from .layers import ElsaAttention
 from .ops import get_backend, set_backend
 
 
@@ -29,7 +31,7 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
         input_size: Channels, height and width of the image; the model's own if None.
 
     Returns:
-        Multiply-accumulates by the name of the operator.
+        Multiply-accumulates by the name of the operator; 'hadamard' is the product of query and key in ELSA.
 
     Raises:
         ValueError: The input size is not three positive numbers.
@@ -45,6 +47,13 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
     x = torch.empty(1, *input_size, device='meta', dtype=dtype)
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.elsa_models.local_attention: _local_attention_flops})
+    hadamard = 0
+
+    def count_hadamard(module, args, output):
+        nonlocal hadamard
+        hadamard += args[0].shape[:-1].numel() * module.split_dims[0]
+
+    hooks = [m.register_forward_hook(count_hadamard) for m in model.modules() if isinstance(m, ElsaAttention)]
     backend, modes = get_backend(), [(m, m.training) for m in model.modules()]
     try:
         set_backend('torch')  # the one that takes tensors of every device
@@ -52,10 +61,13 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
         with torch.no_grad(), counter:
             torch.func.functional_call(model, tensors, (x,))
     finally:
+        for hook in hooks:
+            hook.remove()
         set_backend(backend)
         for module, training in modes:
             module.training = training
-    return {str(op): flops // 2 for op, flops in counter.get_flop_counts()['Global'].items()}
+    by_op = {str(op): flops // 2 for op, flops in counter.get_flop_counts()['Global'].items()}
+    return {**by_op, 'hadamard': hadamard} if hooks else by_op
 
 
 def count_macs(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> int:

@@ -9,6 +9,7 @@ import torch
 
 DATA = Path(__file__).parent / 'data'
 
+_AUTHORS_NAMES = {'qkv': 'pre_proj', 'attn_conv': 'attn.0', 'attn_logits': 'attn.2', 'proj': 'post_proj'}
 _DTYPES = {'float32': torch.float32, 'int64': torch.int64}
 
 
@@ -68,9 +69,9 @@ def to_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
             x = torch.cat([v, q, k])
         elif leaf in ('qkv.weight', 'attn_logits.weight'):
             x = x[:, :, None, None]
-        for name, authors in (('qkv', 'pre_proj'), ('attn_conv', 'attn.0'), ('attn_logits', 'attn.2'), ('proj', 'post_proj')):
-            if leaf.startswith(name + '.'):
-                key = f'{block}.attn.{authors}.{leaf.rpartition(".")[2]}'
+        name, _, parameter = leaf.rpartition('.')
+        if name in _AUTHORS_NAMES:
+            key = f'{block}.attn.{_AUTHORS_NAMES[name]}.{parameter}'
         key = re.sub(r'^head\.fc\.', 'head.', key)
         key = re.sub(r'^layers\.(\d+)\.downsample', lambda m: f'layers.{int(m.group(1)) - 1}.downsample', key)
         out[key] = x

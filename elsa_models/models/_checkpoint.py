@@ -1,17 +1,45 @@
 """Reading checkpoint files, and building a model around one."""
 import dataclasses
+import inspect
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import resample_abs_pos_embed_nhwc, resample_patch_embed, resize_rel_pos_bias_table
-from timm.models import build_model_with_cfg, clean_state_dict, load_state_dict
+from timm.models import PretrainedCfg, build_model_with_cfg, clean_state_dict, load_state_dict
 from timm.models._builder import resolve_pretrained_cfg
 
 _NO_WEIGHTS = (
-    'download the authors\' checkpoint (see README.md, Weights) and pass pretrained_cfg_overlay=dict(file=PATH)')
+    'none were ever released. Copy what a Swin of timm shares with it, elsa_models.warm_start(model, '
+    '\'swin_tiny_patch4_window7_224.ms_in1k\') for the tiny one')
+_FOLDER_WEIGHTS = ('model.safetensors', 'pytorch_model.bin')  # in a folder with config.json, the first that exists
+_CONFIG_SOURCES = ('hf-hub', 'local-dir')  # of cfgs that timm read from a config.json
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_MAX_CONFIG_INT = 16384  # no size of a model is larger, and what a config.json asks for has to be built
 _WRAPPERS = ('state_dict', 'model')  # where training checkpoints keep their weights
+
+
+class WeightsError(RuntimeError):
+    """Weights that cannot be found, are damaged, or do not fit the model."""
+
+
+# from a cfg and a folder for the cache to a file of weights, or None if it names none that has to be found
+WeightsFinder = Callable[[PretrainedCfg, Optional[Union[str, Path]]], Optional[Path]]
+_find_weights: Optional[WeightsFinder] = None
+
+
+def set_weights_finder(finder: Optional[WeightsFinder]) -> None:
+    """Let `build_model` ask `finder` for weights that are neither in memory nor in a file.
+
+    Models know nothing of downloads; `elsa_models.hub` does, imports models, and names itself here.
+
+    Args:
+        finder: Raises `WeightsError` for weights that it should find and cannot.
+    """
+    global _find_weights
+    _find_weights = finder
 
 
 def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:
@@ -28,7 +56,7 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, t
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuntimeError: The file is damaged, holds objects other than plain data and tensors, or holds no weights.
+        WeightsError: The file is damaged, holds objects other than plain data and tensors, or holds no weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -36,12 +64,12 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, t
     try:
         state_dict = load_state_dict(str(path), use_ema=use_ema)
     except Exception as e:  # damaged files raise errors of many types
-        raise RuntimeError(
+        raise WeightsError(
             f'checkpoint {str(path)!r}: cannot be read ({type(e).__name__}: {e}). Is the download complete, and is '
             f'it a PyTorch or safetensors checkpoint of weights?') from e
     if not state_dict or not all(isinstance(x, torch.Tensor) for x in state_dict.values()):
         strange = [k for k, x in state_dict.items() if not isinstance(x, torch.Tensor)]
-        raise RuntimeError(
+        raise WeightsError(
             f'checkpoint {str(path)!r}: holds no state dict of tensors'
             f' ({"not tensors: " + ", ".join(map(str, strange)) if strange else "it is empty"}).')
     return state_dict
@@ -95,16 +123,127 @@ def check_keys(state_dict: Dict[str, Any], model: nn.Module, optional: Union[str
         optional: Prefixes of entries that may be missing or unknown (the classifiers).
 
     Raises:
-        RuntimeError: Lists every missing and every unknown entry.
+        WeightsError: Lists every missing and every unknown entry.
     """
     expected = model.state_dict().keys()
     missing = [k for k in expected if k not in state_dict and not k.startswith(optional)]
     unknown = [k for k in state_dict if k not in expected and not k.startswith(optional)]
     if missing or unknown:
-        raise RuntimeError(
+        raise WeightsError(
             f'checkpoint does not fit {type(model).__name__}.'
             f' Missing ({len(missing)}): {", ".join(missing) or "none"}.'
             f' Unknown ({len(unknown)}): {", ".join(unknown) or "none"}.')
+
+
+def fit_weights(
+        state_dict: Dict[str, Any],
+        model: nn.Module,
+        filter_fn: Optional[Callable],
+        free: Tuple[str, ...] = (),
+) -> Dict[str, torch.Tensor]:
+    """A state dict in the names and shapes of the model, before any of it is copied.
+
+    Args:
+        state_dict: What a checkpoint file holds.
+        model: The model to be loaded, unchanged; it may be on the meta device.
+        filter_fn: Fits a checkpoint to the model.
+        free: Names of entries whose shapes the caller sees to.
+
+    Raises:
+        WeightsError: Entries are missing, unknown, of another shape, or not plain floating point.
+    """
+    try:
+        out = filter_fn(state_dict, model) if filter_fn is not None else dict(state_dict)
+    except WeightsError:
+        raise
+    except Exception as e:  # entries of the right names can be of any shape
+        raise WeightsError(f'checkpoint does not fit {type(model).__name__} ({type(e).__name__}: {e}).') from e
+    wrong = []
+    for name, target in model.state_dict().items():
+        x = out.get(name)
+        if x is None:
+            if name not in free:
+                wrong.append(f'{name} is missing')
+        elif x.layout != torch.strided or x.dtype not in _DTYPES or x.device.type != 'cpu':
+            wrong.append(f'{name} is {str(x.dtype)[6:]}, {str(x.layout)[6:]}, on {x.device.type}')
+        elif x.shape != target.shape and name not in free:
+            wrong.append(f'{name} has shape {tuple(x.shape)} instead of {tuple(target.shape)}')
+    known = {*model.state_dict(), *free}
+    wrong += [f'{name} is unknown' for name in out if name not in known]
+    if wrong:
+        raise WeightsError(f'checkpoint does not fit {type(model).__name__}: {"; ".join(wrong)}.')
+    return out
+
+
+def _free_entries(model: nn.Module, cfg: PretrainedCfg, features: bool) -> Tuple[str, ...]:
+    """Entries that timm drops or adapts itself: classifiers for other classes, a stem for other image channels."""
+    free = []
+    if features or model.num_classes != cfg.num_classes:
+        classifiers = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
+        free += [f'{c}.{leaf}' for c in classifiers for leaf in ('weight', 'bias')]
+    if cfg.first_conv and model.in_chans != cfg.input_size[0]:
+        free.append(f'{cfg.first_conv}.weight')
+    return tuple(free)
+
+
+@contextmanager
+def _blaming_config(variant: str, source: Optional[str]) -> Iterator[None]:
+    """Turn errors of whatever type that a config.json leads to into a `WeightsError`; source is that of its cfg."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as e:
+        if source not in _CONFIG_SOURCES:
+            raise
+        raise WeightsError(
+            f'{variant}: cannot be built from its config.json and the arguments given ({type(e).__name__}: {e}).') from e
+
+
+def _check_config(model_cls: Type[nn.Module], model_args: Dict[str, Any], cfg: PretrainedCfg) -> None:
+    """Require that what a config.json asks for are sizes and switches of the model.
+
+    Raises:
+        WeightsError: An argument is unknown to the class, or no number, word or list of such, or a size is huge.
+    """
+    def plain(x: Any) -> bool:
+        if isinstance(x, (list, tuple)):
+            return len(x) <= 64 and all(map(plain, x))
+        return x is None or isinstance(x, (bool, str)) or isinstance(x, (int, float)) and abs(x) <= _MAX_CONFIG_INT
+
+    known = set(inspect.signature(model_cls).parameters) - {'device', 'dtype'}
+    for name, value in [*model_args.items(), ('img_size', cfg.input_size), ('num_classes', cfg.num_classes)]:
+        if name not in known or name.endswith('_layer'):
+            raise WeightsError(
+                f'config.json: model_args names {name!r}, must be one of {", ".join(sorted(known))}.')
+        if not plain(value):
+            raise WeightsError(
+                f'config.json: has {name} = {str(value)[:80]!r}, must be a number of at most '
+                f'{_MAX_CONFIG_INT}, a word, or a short list of such.')
+
+
+def _read_weights(
+        variant: str,
+        cfg: PretrainedCfg,
+        use_ema: bool,
+        cache_dir: Optional[Union[str, Path]],
+        no_weights: str,
+) -> Optional[Dict[str, Any]]:
+    """The weights that a cfg stands for, or None where they are timm's to download (a plain url)."""
+    if cfg.source == 'local-dir':
+        paths = [Path(cfg.file, name) for name in _FOLDER_WEIGHTS]
+        return read_checkpoint(next((p for p in paths if p.is_file()), paths[0]))
+    if cfg.source != 'hf-hub':
+        if cfg.state_dict:
+            return cfg.state_dict
+        if cfg.file:
+            return read_checkpoint(cfg.file, use_ema)
+        if not cfg.has_weights:
+            raise WeightsError(
+                f'{variant}: pretrained=True, but no weights are known for this model: {no_weights}, or use '
+                f'pretrained=False.')
+    path = _find_weights(cfg, cache_dir) if _find_weights is not None else None
+    return None if path is None else read_checkpoint(path)
 
 
 def build_model(
@@ -117,7 +256,7 @@ def build_model(
         no_weights: str = _NO_WEIGHTS,
         **kwargs,
 ) -> nn.Module:
-    """timm's `build_model_with_cfg`, with checkpoint files read by `read_checkpoint`.
+    """timm's `build_model_with_cfg`, with weights found by `set_weights_finder`'s and read by `read_checkpoint`.
 
     Args:
         model_cls: Class of the model.
@@ -130,20 +269,47 @@ def build_model(
         **kwargs: Further arguments of `build_model_with_cfg` and of the model.
 
     Raises:
-        RuntimeError: Weights are asked for but none are known, or those found do not fit.
+        WeightsError: Weights are asked for but none are known or can be found, or those found do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     use_ema = overlay.pop('use_ema', True)
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    reads_file = pretrained and cfg.file and not cfg.state_dict and cfg.source not in ('hf-hub', 'local-dir')
-    if reads_file:
-        cfg = dataclasses.replace(cfg, state_dict=read_checkpoint(cfg.file, use_ema))
-    if pretrained and not (cfg.has_weights or cfg.state_dict):
-        raise RuntimeError(
-            f'{variant}: pretrained=True, but no weights are known for this model: {no_weights}, or use '
-            f'pretrained=False.')
+    source = pretrained_cfg.get('source') if isinstance(pretrained_cfg, dict) else None
+    with _blaming_config(variant, source):
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+        if source in _CONFIG_SOURCES:
+            _check_config(model_cls, kwargs.get('pretrained_model_args') or {}, cfg)
+        cache_dir, features = kwargs.get('cache_dir'), kwargs.get('features_only', False)
+        weights = _read_weights(variant, cfg, use_ema, cache_dir, no_weights) if pretrained else None
+        if weights is None:
+            return _build(model_cls, variant, pretrained, cfg, filter_fn, **kwargs)
+
+        def fit(_: Optional[Dict[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:
+            return fit_weights(weights, model, filter_fn, _free_entries(model, cfg, features))
+
+        def construct(**model_kwargs) -> nn.Module:
+            if source in _CONFIG_SOURCES:
+                fit(None, model_cls(**{**model_kwargs, 'device': 'meta'}))  # before any memory is taken
+            return model_cls(**model_kwargs)
+
+        # the weights reach the model through the filter: a cfg is copied together with what it holds
+        held = dataclasses.replace(cfg, state_dict={'weights': None}, source=None)
+        model = _build(construct, variant, True, held, fit, **kwargs)
+    model.pretrained_cfg.pop('state_dict')  # default_cfg is the same dict
+    if cfg.source is not None:
+        model.pretrained_cfg['source'] = cfg.source
+    return model
+
+
+def _build(
+        model_cls: Callable[..., nn.Module],
+        variant: str,
+        pretrained: bool,
+        cfg: PretrainedCfg,
+        filter_fn: Optional[Callable],
+        **kwargs,
+) -> nn.Module:
     # a registered model passes its tag as a string, an already resolved cfg as a dict of its fields
-    model = build_model_with_cfg(
+    return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -151,6 +317,3 @@ def build_model(
         pretrained_filter_fn=filter_fn,
         **kwargs,
     )
-    if reads_file:
-        model.pretrained_cfg.pop('state_dict', None)  # the model holds them; default_cfg is the same dict
-    return model

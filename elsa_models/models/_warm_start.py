@@ -141,9 +141,9 @@ def _check_family(label: str, source: Dict[str, Any], model: nn.Module, replaced
 def warm_start(model: nn.Module, source: Union[str, Path, nn.Module]) -> WarmStartReport:
     """Copy what a related model shares with ours: VOLO with ELSA-VOLO, Swin with ELSA-Swin, or another of ours.
 
-    Shared are entries of the same name and shape. Position embeddings, relative position tables and patch embeddings of
-    other sizes are resampled, a first convolution for other image channels is adapted. Attention of another kind is left
-    at its initial value with all its parts, and so are classifiers for other numbers of classes.
+    Shared are entries of the same name and shape. Position embeddings, relative position tables and patch embeddings
+    of other sizes are resampled, a first convolution for other image channels is adapted. Attention of another kind is
+    left at its initial value with all its parts, and so are classifiers for other numbers of classes.
 
     Args:
         model: An `ElsaVolo` or `ElsaSwin`; feature extractors have to be made from the model afterwards.
@@ -174,7 +174,6 @@ def warm_start(model: nn.Module, source: Union[str, Path, nn.Module]) -> WarmSta
 
     # attentions of which only one side is ELSA share names, but nothing that has the same meaning
     replaced = tuple(f'{p}.' for p in _elsa_attentions(own) ^ _elsa_attentions(found))
-    _check_family(label, found, model, replaced)
     entries, resized = {}, set()
     for name, target in own.items():
         if name not in found or name.startswith(replaced):
@@ -196,6 +195,7 @@ def warm_start(model: nn.Module, source: Union[str, Path, nn.Module]) -> WarmSta
             k = different[0]
             reason = f'{k!r} has shape {tuple(found[k].shape)} there and {tuple(own[k].shape)} in the model'
         raise ValueError(f'source: {label!r} has nothing in common with the stages of the model: {reason}.')
+    _check_family(label, found, model, replaced)
 
     num_params = {name: 0 for name in own}
     num_params.update((name, p.numel()) for name, p in model.named_parameters())

@@ -304,7 +304,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         Entries in the names and shapes of the model; those of the classifier are left for the caller to judge.
 
     Raises:
-        RuntimeError: Entries are missing or unknown; all are listed.
+        WeightsError: Entries are missing or unknown; all are listed.
     """
     state_dict = unwrap(state_dict)
     if any(k.endswith('.attn.post_proj.weight') for k in state_dict):
@@ -340,10 +340,11 @@ def _cfg(**kwargs) -> Dict[str, Any]:
     }
 
 
+# the authors' training checkpoints, which elsa_models.hub downloads and converts
 default_cfgs = generate_default_cfgs({
-    'elsa_swin_tiny': _cfg(),
-    'elsa_swin_small': _cfg(),
-    'elsa_swin_base': _cfg(),
+    'elsa_swin_tiny.damo_in1k': _cfg(url='https://drive.google.com/uc?id=1eM0FsRNEDX-NncIEfvl4yXOAJawy2Ls0'),
+    'elsa_swin_small.damo_in1k': _cfg(url='https://drive.google.com/uc?id=186PDbqrt2hEg8r5aH45D5D6bO-EWJgcO'),
+    'elsa_swin_base.damo_in1k': _cfg(url='https://drive.google.com/uc?id=1J42asBqLb6iiKaYQaeoS2UpT7kUSjBr9'),
     'test_elsa_swin': _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
 })
 
@@ -373,5 +374,6 @@ def elsa_swin_base(pretrained: bool = False, **kwargs) -> ElsaSwin:
 def test_elsa_swin(pretrained: bool = False, **kwargs) -> ElsaSwin:
     """A small ELSA-Swin for tests, demonstrations and small images: under 1 M parameters, 64 pixels."""
     model_args = dict(
-        img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=5, window_size=2)
+        img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=5, window_size=2,
+        mlp_ratio=3.)
     return _create_elsa_swin('test_elsa_swin', pretrained, **dict(model_args, **kwargs))

@@ -15,8 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
-    calculate_drop_path_rates, is_exporting, resample_abs_pos_embed_nhwc, resample_patch_embed, to_2tuple, to_ntuple,
-    trunc_normal_)
+    calculate_drop_path_rates,
+    is_exporting,
+    resample_abs_pos_embed_nhwc,
+    resample_patch_embed,
+    to_2tuple,
+    to_ntuple,
+    trunc_normal_,
+)
 from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -698,7 +704,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         Entries in the names and shapes of the model; those of the classifiers are left for the caller to judge.
 
     Raises:
-        RuntimeError: Entries are missing or unknown; all are listed.
+        WeightsError: Entries are missing or unknown; all are listed.
     """
     out = {
         k: fit_positions(k, x, model) for k, x in unwrap(state_dict).items()

@@ -158,13 +158,13 @@ def draw_attention(
         ax.set_ylabel(f'map of {H} × {W} pixels\n{K} × {K} neighbours', fontsize=10)
         _clean(ax)
         ax = figure.add_subplot(grid[row, 1])
-        spread = ax.imshow(_spread(layer) / K ** 2, cmap='magma', vmin=0., vmax=1., extent=(0, W, H, 0))
+        spread = ax.imshow((_spread(layer) / K ** 2).numpy(), cmap='magma', vmin=0., vmax=1., extent=(0, W, H, 0))
         _frame(ax, j, i, 1, 1, _QUERY, 2.)
         ax.set_title('spread of each pixel', fontsize=10)
         _clean(ax)
         for head in range(min(num_heads, heads)):
             ax = figure.add_subplot(grid[row, 2 + head])
-            weights = ax.imshow(_at(layer, y, x)[head], cmap='viridis', norm=norm)
+            weights = ax.imshow(_at(layer, y, x)[head].numpy(), cmap='viridis', norm=norm)
             _hatch_outside(ax, i, j, layer)
             _frame(ax, K // 2 - 0.5, K // 2 - 0.5, 1, 1, _QUERY, 2.)
             of_all = f' of {num_heads}' if num_heads > heads else ''

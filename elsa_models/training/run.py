@@ -68,7 +68,7 @@ def run(recipe: Recipe) -> Result:
     random_seed(recipe.seed)
     splits = load_splits(recipe)
     model = create_model(recipe, len(splits.class_names)).to(device)
-    data_config = resolve_input_data_config(model, args=_image_args(recipe))
+    data_config = _data_config(recipe, model)
     mode = {1: 'L', 3: 'RGB'}.get(data_config['input_size'][0])
     if mode is None:
         raise RecipeError(f'model_args: got {data_config["input_size"][0]} input channels, must be 1 (grey) or 3.')
@@ -175,6 +175,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _image_args(recipe: Recipe) -> Dict[str, Any]:
+def _data_config(recipe: Recipe, model: nn.Module) -> Dict[str, Any]:
     names = ('crop_pct', 'interpolation', 'mean', 'std')
-    return {name: getattr(recipe, name) for name in names if getattr(recipe, name) is not None}
+    try:
+        return resolve_input_data_config(model, args={name: getattr(recipe, name) for name in names})
+    except ValueError as e:
+        raise RecipeError(str(e)) from e

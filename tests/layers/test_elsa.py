@@ -123,7 +123,7 @@ def test_equals_the_formula(lam, gamma, kernel_size, dilation, qk_scale):
     y, expected = attn(x), _formula(attn, x, lam, gamma, qk_scale, dilation, kernel_size)
     assert_near(y, expected, 1e-12)
     names = ['x', *(name for name, _ in attn.named_parameters())]
-    grads = zip(names, torch.autograd.grad(y, leaves, grad), torch.autograd.grad(expected, leaves, grad))
+    grads = zip(names, torch.autograd.grad(y, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True)
     for name, a, e in grads:
         assert_near(a, e, 1e-12, name)
 
@@ -140,7 +140,9 @@ def test_any_widths(args):
     assert_near(y, _formula(attn, x, 0, 1., 1., 1, args.get('kernel_size', 3)), 1e-12)
 
 
-@pytest.mark.parametrize('dim, group_width, qk_dim', [(96, 4, 64), (96, 8, 64), (128, 8, 88), (256, 8, 176), (512, 8, 344)])
+@pytest.mark.parametrize('dim, group_width, qk_dim', [
+    (96, 4, 64), (96, 8, 64), (128, 8, 88), (256, 8, 176), (512, 8, 344),
+])
 def test_width_of_query_and_key(dim, group_width, qk_dim):
     attn = ElsaAttention(dim, 4, group_width=group_width, device='meta')
     assert attn.split_dims == (qk_dim, qk_dim, dim)

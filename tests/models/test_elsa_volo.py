@@ -533,7 +533,7 @@ def test_mix_token_refuses_a_batch_of_one():
 def test_dense_labels_of_the_wrong_grid_are_refused(shape):
     out = small().forward_train(torch.randn(2, 3, 64, 64))
     dense = torch.zeros(shape, dtype=torch.long if len(shape) == 3 else torch.float)
-    with pytest.raises(ValueError, match=r'dense_target: got shape \(.*\), must be one label for each of the 8 x 8 tok'):
+    with pytest.raises(ValueError, match=r'dense_target: got shape \(.*\), must be one label for each of the 8 x 8'):
         token_label_loss(out, torch.tensor([0, 1]), dense)
 
 

@@ -18,8 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elsa_models import ops
 from elsa_models.ops import (
-    available_backends, explain_backend, get_backend, local_attention, local_attention_plain,
-    local_attention_reference, set_backend)
+    available_backends,
+    explain_backend,
+    get_backend,
+    local_attention,
+    local_attention_plain,
+    local_attention_reference,
+    set_backend,
+)
 
 NAMES = ('output', 'value.grad', 'logits.grad', 'ghost_mul.grad', 'ghost_add.grad')
 GHOSTS = ('', 'm', 'a', 'ma')  # multiplied, added
@@ -122,7 +128,7 @@ def _check(
     grad = torch.randn(tensors[0].shape).to(tensors[0]) if grad is None else grad
     expected = _reference(tensors, grad, kernel_size, dilation)
     actual = _run(form.call, tensors, grad, kernel_size, dilation)
-    for name, a, e in zip(NAMES, actual, expected):
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
         assert (a is None) == (e is None), name
         if a is not None:
             assert a.dtype == tensors[0].dtype and a.device == tensors[0].device, name
@@ -143,7 +149,8 @@ def test_matches_reference(form, kernel_size, dilation, ghosts):
 @pytest.mark.parametrize('ghosts', ['', 'ma'])
 @pytest.mark.parametrize('kernel_size, dilation', [(3, 1), (7, 1), (5, 3)])
 @pytest.mark.parametrize('height, width', [
-    (1, 1), (1, 2), (2, 1), (2, 3), (3, 3), (6, 7), (7, 6), (13, 14), (14, 15), (15, 13), (1, 40), (40, 1), (3, 61), (29, 2),
+    (1, 1), (1, 2), (2, 1), (2, 3), (3, 3), (6, 7), (7, 6), (13, 14), (14, 15), (15, 13), (1, 40), (40, 1), (3, 61),
+    (29, 2),
 ])
 def test_any_map(form, height, width, kernel_size, dilation, ghosts):
     tensors = _draw((2, height, width, 4), 2, kernel_size, ghosts, device=form.device)
@@ -230,7 +237,7 @@ def test_error_at_most_twice_that_of_plain_pytorch(form, kernel_size, dilation, 
     exact = _reference(tensors, grad, kernel_size, dilation)
     plain = _run(local_attention_reference, tensors, grad, kernel_size, dilation)
     actual = _run(form.call, tensors, grad, kernel_size, dilation)
-    for name, a, p, e in zip(NAMES, actual, plain, exact):
+    for name, a, p, e in zip(NAMES, actual, plain, exact, strict=True):
         if e is None:
             continue
         assert a.dtype == dtype
@@ -249,7 +256,7 @@ def test_half_precision_sums_in_float32(form, dilation, ghosts, dtype):
     grad = torch.randn(shape).to(tensors[0])
     exact = _reference(tensors, grad, kernel_size, dilation)
     actual = _run(form.call, tensors, grad, kernel_size, dilation)
-    for name, a, e in zip(NAMES, actual, exact):
+    for name, a, e in zip(NAMES, actual, exact, strict=True):
         if e is not None:
             allowed = torch.finfo(dtype).eps / 2 * 1.01 * e.abs() + 1e-5 * e.abs().max()
             assert ((a.double() - e).abs() <= allowed).all(), name
@@ -358,7 +365,7 @@ def test_double_backward_of_some_inputs(backend, normalize):
     def reference(value, logits, mul, add):
         return local_attention_reference(value, logits, 3, 1, mul, add, normalize)
 
-    for a, e, name in zip(penalty(operator), penalty(reference), NAMES[1:]):
+    for a, e, name in zip(penalty(operator), penalty(reference), NAMES[1:], strict=True):
         assert_near(a, e, EXACT, name)
 
 
@@ -370,7 +377,7 @@ def test_frozen_inputs(form, frozen):
     expected = _run(form.call, tensors, grad)[1:]
     leaves = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(tensors)]
     form.call(leaves[0], leaves[1], 3, 1, *leaves[2:]).backward(grad)
-    for i, (x, e) in enumerate(zip(leaves, expected)):
+    for i, (x, e) in enumerate(zip(leaves, expected, strict=True)):
         if i in frozen:
             assert x.grad is None
         else:
@@ -408,7 +415,7 @@ def test_same_bits_twice(backend, ghosts, dtype):
     tensors = _draw((3, 15, 16, 24), 3, 7, ghosts, dtype, backend.device)
     grad = torch.randn_like(tensors[0])
     first, second = (_run(backend.call, tensors, grad, 7) for _ in range(2))
-    for name, a, b in zip(NAMES, first, second):
+    for name, a, b in zip(NAMES, first, second, strict=True):
         assert (a is None and b is None) or torch.equal(a, b), name
 
 
@@ -421,7 +428,7 @@ def test_samples_do_not_depend_on_their_batch(backend, ghosts, dtype):
     for i in range(3):
         one = slice(i, i + 1)
         alone = _run(backend.call, (value[one], logits[one], mul, add), grad[one], 5)
-        for name, a, b in zip(NAMES[:3], alone, batch):  # ghosts are shared by the batch
+        for name, a, b in zip(NAMES[:3], alone, batch, strict=False):  # ghosts are shared by the batch
             if backend.device == 'cpu':
                 assert torch.equal(a, b[one]), name
             else:
@@ -438,7 +445,7 @@ def test_reads_no_uninitialised_memory(backend, ghosts):
         actual = _run(backend.call, tensors, grad, 5)
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, a, e in zip(NAMES, actual, _reference(tensors, grad, 5)):
+    for name, a, e in zip(NAMES, actual, _reference(tensors, grad, 5), strict=True):
         if e is not None:
             assert_near(a, e, EXACT, name)
 
@@ -569,8 +576,8 @@ def test_no_dropout_draws_no_random_numbers(backend):
 
 @pytest.mark.parametrize('ghosts', GHOSTS)
 def test_autocast_casts_as_for_a_convolution(backend, ghosts):
-    tensors = [
-        None if x is None else x.requires_grad_() for x in _draw(ghosts=ghosts, dtype=torch.float32, device=backend.device)]
+    tensors = _draw(ghosts=ghosts, dtype=torch.float32, device=backend.device)
+    tensors = [None if x is None else x.requires_grad_() for x in tensors]
     with torch.autocast(backend.device, dtype=torch.bfloat16):
         y = backend.call(tensors[0], tensors[1], 3, 1, *tensors[2:])
     assert y.dtype == torch.bfloat16
@@ -578,7 +585,7 @@ def test_autocast_casts_as_for_a_convolution(backend, ghosts):
     y.backward(grad)
     expected = _run(backend.call, [None if x is None else x.bfloat16() for x in tensors], grad)
     assert torch.equal(y, expected[0])
-    for x, e in zip(tensors, expected[1:]):
+    for x, e in zip(tensors, expected[1:], strict=True):
         if x is not None:
             assert x.grad.dtype == torch.float32
             assert torch.equal(x.grad, e.float())
@@ -623,12 +630,13 @@ def test_operator_without_softmax(backend, ghosts):
     grad = torch.randn_like(tensors[0])
 
     def operator(value, logits, kernel_size, dilation, mul, add):
-        return torch.ops.elsa_models.local_attention(value, logits, mul, add, kernel_size, dilation, False, backend.name)
+        return torch.ops.elsa_models.local_attention(
+            value, logits, mul, add, kernel_size, dilation, False, backend.name)
 
     def reference(*args):
         return local_attention_reference(*args, normalize=False)
 
-    for name, a, e in zip(NAMES, _run(operator, tensors, grad), _run(reference, tensors, grad)):
+    for name, a, e in zip(NAMES, _run(operator, tensors, grad), _run(reference, tensors, grad), strict=True):
         if e is not None:
             assert_near(a, e, EXACT, name)
 
@@ -661,7 +669,7 @@ def test_compile(backend, ghosts, fresh_compiler):
 
         actual = _run(lambda *args: call(compiled, *args), tensors, grad)
         expected = _run(lambda *args: call(step, *args), tensors, grad)
-        for name, a, e in zip(NAMES, actual, expected):
+        for name, a, e in zip(NAMES, actual, expected, strict=True):
             if e is not None:
                 assert_near(a, e, EXACT, name)
         counts.append(len(graphs))
@@ -730,12 +738,12 @@ def test_script_gradients_and_dropout():
         return [y.detach(), *torch.autograd.grad(y, [*leaves, module.ghost_mul, module.ghost_add], grad)]
 
     scripted = torch.jit.script(module)
-    for name, a, e in zip(NAMES, run(scripted), run(module)):
+    for name, a, e in zip(NAMES, run(scripted), run(module), strict=True):
         assert_near(a, e, EXACT, name)
     without = scripted(value, logits)
     module.dropout_p = .5
     scripted = torch.jit.script(module)
-    for name, a, e in zip(NAMES, run(scripted), run(module)):
+    for name, a, e in zip(NAMES, run(scripted), run(module), strict=True):
         assert_near(a, e, EXACT, name)
     assert not torch.equal(scripted(value, logits), without)
 
@@ -777,7 +785,7 @@ def test_checkpointing(backend, use_reentrant):
     y.backward(grad)
     expected = _run(backend.call, tensors, grad)
     assert torch.equal(y, expected[0])
-    for name, x, e in zip(NAMES[1:], leaves, expected[1:]):
+    for name, x, e in zip(NAMES[1:], leaves, expected[1:], strict=True):
         assert torch.equal(x.grad, e), name
 
 
@@ -802,10 +810,12 @@ def _args(**changes):
     (ValueError, r'^dropout_p: got nan, must', dict(dropout_p=float('nan'))),
     (ValueError, r'^value: got shape \(5, 6, 6\), must', dict(value=torch.zeros(5, 6, 6))),
     (TypeError, r'^value: got dtype torch\.int64, must', dict(value=torch.zeros(2, 5, 6, 6, dtype=torch.int64))),
-    (TypeError, r'^value: got dtype torch\.complex64, must', dict(value=torch.zeros(2, 5, 6, 6, dtype=torch.complex64))),
+    (TypeError, r'^value: got dtype torch\.complex64, must',
+     dict(value=torch.zeros(2, 5, 6, 6, dtype=torch.complex64))),
     (ValueError, r'^value: got shape \(2, 0, 6, 6\), ', dict(value=torch.zeros(2, 0, 6, 6))),
     (ValueError, r'^value: got shape \(2, 5, 6, 0\), ', dict(value=torch.zeros(2, 5, 6, 0))),
-    (ValueError, r'^logits: got shape \(2, 5, 6, 27\), must be .*\(2, 5, 6, G, 9\)', dict(logits=torch.zeros(2, 5, 6, 27))),
+    (ValueError, r'^logits: got shape \(2, 5, 6, 27\), must be .*\(2, 5, 6, G, 9\)',
+     dict(logits=torch.zeros(2, 5, 6, 27))),
     (ValueError, r'^logits: got shape \(2, 5, 6, 3, 25\), must', dict(logits=torch.zeros(2, 5, 6, 3, 25))),
     (ValueError, r'^logits: got shape \(2, 6, 5, 3, 9\), must', dict(logits=torch.zeros(2, 6, 5, 3, 9))),
     (ValueError, r'^logits: got shape \(1, 5, 6, 3, 9\), must', dict(logits=torch.zeros(1, 5, 6, 3, 9))),
@@ -817,7 +827,8 @@ def _args(**changes):
     (ValueError, r'^ghost_add: got shape \(1, 3, 3\), must be .*\(6, 3, 3\)', dict(ghost_add=torch.zeros(1, 3, 3))),
     (TypeError, r'^ghost_mul: got dtype torch\.bfloat16, must',
      dict(ghost_mul=torch.zeros(6, 3, 3, dtype=torch.bfloat16))),
-    (TypeError, r'^ghost_add: got dtype torch\.float64, must', dict(ghost_add=torch.zeros(6, 3, 3, dtype=torch.float64))),
+    (TypeError, r'^ghost_add: got dtype torch\.float64, must',
+     dict(ghost_add=torch.zeros(6, 3, 3, dtype=torch.float64))),
     (RuntimeError, r'^logits: is on meta, must be .*cpu', dict(logits=torch.zeros(2, 5, 6, 3, 9, device='meta'))),
     (RuntimeError, r'^ghost_mul: is on meta, must be .*cpu', dict(ghost_mul=torch.zeros(6, 3, 3, device='meta'))),
     (RuntimeError, r'^ghost_add: is on meta, must be .*cpu', dict(ghost_add=torch.zeros(6, 3, 3, device='meta'))),

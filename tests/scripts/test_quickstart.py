@@ -76,6 +76,22 @@ def test_half_made_environment_is_repaired(quickstart, repository, calls, monkey
     assert '--clear' in calls[3]
 
 
+def test_failed_update_is_not_taken_for_complete(quickstart, repository, calls, monkeypatch):
+    quickstart.prepare(repository, repository / '.venv')
+    (repository / 'setup.cfg').write_text('other')
+
+    def failing(arguments):
+        raise subprocess.CalledProcessError(1, arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart.subprocess, 'check_call', failing)
+        with pytest.raises(subprocess.CalledProcessError):
+            quickstart.prepare(repository, repository / '.venv')
+    (repository / 'setup.cfg').write_text('setup.cfg')  # as at first, but the packages may be mixed by now
+    quickstart.prepare(repository, repository / '.venv')
+    assert _kinds(calls) == ['venv', 'install', 'install']
+
+
 def test_changed_requirements_are_installed(quickstart, repository, calls):
     quickstart.prepare(repository, repository / '.venv')
     (repository / 'setup.cfg').write_text('other')

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ SCRIPT = ROOT / 'scripts' / 'train.py'
 def _run(*arguments, cwd):
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600,
-        env={**__import__('os').environ, 'PYTHONPATH': str(ROOT)})
+        env={**os.environ, 'PYTHONPATH': str(ROOT)})
 
 
 def test_digits_from_the_command_line(tmp_path):

@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_near
+from timm.models.swin_transformer import PatchMerging
 
-from elsa_models.layers import PaddedPatchEmbed
+from elsa_models.layers import PaddedPatchEmbed, PaddedPatchMerging
 
 
 def _embed(img_size, patch_size=4, **kwargs):
@@ -37,8 +38,10 @@ def test_patches_that_are_no_squares():
 
 def test_strict_size():
     embed = _embed(33)
-    with pytest.raises(AssertionError):
-        embed(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r'^input: got height 32 and width 33, must be 33 and 33'):
+        embed(torch.zeros(1, 3, 32, 33, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r'^input: got height 33 and width 37'):
+        embed(torch.zeros(1, 3, 33, 37, dtype=torch.float64))
     embed = _embed(33, strict_img_size=False)
     assert embed(torch.zeros(1, 3, 30, 37, dtype=torch.float64)).shape == (1, 8, 10, 8)
 
@@ -54,3 +57,24 @@ def test_set_input_size():
 def test_bad_size_is_named(img_size):
     with pytest.raises(ValueError, match=r'^img_size: got '):
         _embed(img_size)
+
+
+@pytest.mark.parametrize('height, width', [(8, 6), (7, 5), (1, 1), (1, 4), (3, 2)])
+def test_merging_equals_that_of_timm(height, width):
+    torch.manual_seed(0)
+    merging, timms = PaddedPatchMerging(6, 10).double(), PatchMerging(6, 10).double()
+    timms.load_state_dict(merging.state_dict())
+    x = torch.randn(2, height, width, 6, dtype=torch.float64)
+    y = merging(x)
+    assert y.shape == (2, (height + 1) // 2, (width + 1) // 2, 10)
+    assert_near(y, timms(x), 1e-12)
+
+
+@pytest.mark.parametrize('part', ['embed', 'merging'])
+def test_script(part):
+    module = _embed(32, strict_img_size=False) if part == 'embed' else PaddedPatchMerging(3, 6).double()
+    scripted = torch.jit.script(module)
+    for height, width in ((8, 8), (5, 7), (1, 2)):
+        shape = (2, 3, height, width) if part == 'embed' else (2, height, width, 3)
+        x = torch.randn(shape, dtype=torch.float64)
+        assert_near(scripted(x), module(x), 1e-12)

@@ -1,0 +1,62 @@
+"""WindowBlock against timm's block, which is built for one size."""
+import pytest
+import torch
+from helpers import assert_near, max_error
+from timm.models.swin_transformer import SwinTransformerBlock
+
+from elsa_models.layers import WindowBlock
+
+ARGS = dict(dim=8, num_heads=2, window_size=3)
+
+
+def _like(block, source):
+    block.load_state_dict(source.state_dict())
+    return block.double().eval()
+
+
+def _random_block(**kwargs):
+    block = WindowBlock(**{**ARGS, **kwargs})
+    with torch.no_grad():
+        for p in block.parameters():
+            p.add_(.3 * torch.randn_like(p))
+    return block.double().eval()
+
+
+@pytest.mark.parametrize('shift_size', [0, 1])
+@pytest.mark.parametrize('height, width', [(6, 6), (7, 9), (3, 8), (4, 3), (3, 3), (11, 5)])
+def test_equals_timms_block_built_for_the_size(height, width, shift_size):
+    args = dict(ARGS, shift_size=shift_size, input_resolution=(height, width))
+    # built for a size at which it does not shift, and then for any
+    dynamic = _random_block(shift_size=shift_size, input_resolution=(3, 3), dynamic_mask=True)
+    fixed, timms = _like(WindowBlock(**args), dynamic), _like(SwinTransformerBlock(**args), dynamic)
+    x = torch.randn(2, height, width, 8, dtype=torch.float64)
+    expected = timms(x)
+    assert_near(fixed(x), expected, 1e-12)
+    assert_near(dynamic(x), expected, 1e-12)
+
+
+@pytest.mark.parametrize('height, width', [(1, 1), (2, 5), (1, 7)])
+def test_maps_smaller_than_the_window(height, width):
+    block = _random_block(shift_size=1, input_resolution=(9, 9), dynamic_mask=True)
+    x = torch.randn(2, height, width, 8, dtype=torch.float64)
+    y = block(x)
+    assert y.shape == x.shape and y.isfinite().all()
+    assert_near(torch.cat([block(x[:1]), block(x[1:])]), y, 1e-12)
+
+
+def test_shifts_only_where_one_window_does_not_cover_the_map():
+    plain = _random_block(shift_size=0, input_resolution=(9, 9), dynamic_mask=True)
+    shifted = _like(WindowBlock(**ARGS, shift_size=1, input_resolution=(9, 9), dynamic_mask=True), plain)
+    x = torch.randn(1, 3, 3, 8, dtype=torch.float64)
+    assert torch.equal(plain(x), shifted(x))
+    x = torch.randn(1, 6, 3, 8, dtype=torch.float64)
+    assert max_error(plain(x), shifted(x)) > .01
+
+
+@pytest.mark.parametrize('dynamic_mask', [False, True])
+def test_script(dynamic_mask):
+    block = _random_block(shift_size=1, input_resolution=(6, 7), dynamic_mask=dynamic_mask)
+    scripted = torch.jit.script(block)
+    for height, width in ((6, 7), (3, 3), (10, 4)) if dynamic_mask else ((6, 7),):
+        x = torch.randn(2, height, width, 8, dtype=torch.float64)
+        assert_near(scripted(x), block(x), 1e-12)
