@@ -1,7 +1,9 @@
 """Enhanced Local Self-Attention backbones for timm. Importing the package registers every model."""
 from . import models
+from .export import export_onnx
+from .hub import WeightsError, get_hub_namespace, load_weights, set_hub_namespace
 from .layers import ElsaAttention, ElsaBlock
-from .models import ElsaSwin
+from .models import ElsaSwin, ElsaVolo, warm_start
 from .ops import (
     available_backends, explain_backend, get_backend, local_attention, local_attention_reference, set_backend)
 

@@ -1,9 +1,9 @@
 """Counting multiply-accumulates.
 
 The convention is that of the papers: convolutions, linear layers and the two matrix products of attention. In ELSA
-these are the Hadamard product of query and key, and local attention over K x K taps of C channels and N pixels, which is
-2 * K ** 2 * C * N: once for the attention and once for the ghost head. Norms, activations, softmax, biases and the
-resampling of positions are not counted.
+these are the Hadamard product of query and key, and local attention over K x K taps of C channels and N pixels. The
+latter is 2 * K ** 2 * C * N: once for the attention and once for the ghost head. Norms, activations, softmax, biases
+and the resampling of positions are not counted.
 """
 from typing import Dict, Optional, Tuple
 

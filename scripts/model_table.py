@@ -1,7 +1,7 @@
 """Print the table of models in the README, in markdown.
 
-Sizes come from the registry, parameters and GMACs are computed (see elsa_models/macs.py for the convention). Accuracy is
-the paper's own on ImageNet-1k, of the authors' weights.
+Sizes come from the registry, parameters and GMACs are computed (see elsa_models/macs.py for the convention). Accuracy
+is the paper's own, on ImageNet-1k at the input size of the row.
 """
 import argparse
 import fnmatch

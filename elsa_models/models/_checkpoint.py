@@ -197,7 +197,8 @@ def _blaming_config(variant: str, source: Optional[str]) -> Iterator[None]:
         if source not in _CONFIG_SOURCES:
             raise
         raise WeightsError(
-            f'{variant}: cannot be built from its config.json and the arguments given ({type(e).__name__}: {e}).') from e
+            f'{variant}: cannot be built from its config.json and the arguments given '
+            f'({type(e).__name__}: {e}).') from e
 
 
 def _check_config(model_cls: Type[nn.Module], model_args: Dict[str, Any], cfg: PretrainedCfg) -> None:

@@ -135,6 +135,8 @@ def _local_attention(
         value, logits, ghost_mul, ghost_add = (
             x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
             for x in (value, logits, ghost_mul, ghost_add))
+        with torch.autocast(device_type, enabled=False):  # or the sums would be cast as well
+            return _local_attention(value, logits, kernel_size, dilation, ghost_mul, ghost_add, dropout_p)
     _check(value, logits, kernel_size, dilation, ghost_mul, ghost_add, dropout_p)
     normalize = True
     if dropout_p > 0.:
@@ -223,8 +225,9 @@ def _backward_op(
         backend: str,
 ) -> List[torch.Tensor]:
     # operators cannot return None: one gradient per tensor that is there, in order
-    grads = _BACKENDS[backend].backward(
-        grad, value, logits, ghost_mul, ghost_add, kernel_size, dilation, normalize)
+    with torch.autocast(value.device.type, enabled=False):
+        grads = _BACKENDS[backend].backward(
+            grad, value, logits, ghost_mul, ghost_add, kernel_size, dilation, normalize)
     return [g for g in grads if g is not None]
 
 

@@ -32,7 +32,6 @@ def local_attention_plain(
         normalize: bool = True,
 ) -> torch.Tensor:
     """See `local_attention_reference`, whose arguments and result these are."""
-    C, r = value.shape[3], kernel_size // 2 * dilation
     dtype = value.dtype
     if dtype == torch.float16 or dtype == torch.bfloat16:
         value, logits = value.float(), logits.float()
@@ -45,9 +44,7 @@ def local_attention_plain(
     else:
         y = _taps(value, weights, kernel_size, dilation, ghost_mul)
     if ghost_add is not None:
-        kernel = ghost_add.to(value.dtype).unsqueeze(1)  # C, 1, K, K
-        static = F.conv2d(value.permute(0, 3, 1, 2), kernel, padding=r, dilation=dilation, groups=C)
-        y = y + static.permute(0, 2, 3, 1)
+        y = y + _static_term(value, ghost_add.to(value.dtype), kernel_size, dilation)
     return y.to(dtype)
 
 
@@ -103,3 +100,17 @@ def _taps(
                 neighbour = neighbour * ghost_mul[:, i, j].to(value.dtype).unflatten(0, (G, C // G))
             y = y + weights[..., i * K + j].unsqueeze(-1) * neighbour
     return y.flatten(3)
+
+
+def _static_term(value: torch.Tensor, ghost_add: torch.Tensor, K: int, d: int) -> torch.Tensor:
+    B, H, W, C = value.shape
+    r = K // 2 * d
+    if d == 1:
+        y = F.conv2d(value.permute(0, 3, 1, 2), ghost_add.unsqueeze(1), padding=r, groups=C)
+        return y.permute(0, 2, 3, 1)
+    padded = F.pad(value, (0, 0, r, r, r, r))  # on dilated convolutions see eager.py
+    y = torch.zeros_like(value)
+    for i in range(K):
+        for j in range(K):
+            y = y + padded[:, i * d:i * d + H, j * d:j * d + W] * ghost_add[:, i, j]
+    return y

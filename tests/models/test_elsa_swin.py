@@ -113,6 +113,19 @@ def test_every_size_is_an_argument(kwargs):
         assert max_error(model(x), plain(x)) > 1e-4
 
 
+@pytest.mark.parametrize('img_size, always_partition', [(64, False), (64, True), ((96, 100), False)], ids=str)
+def test_without_local_stages_it_is_swin(img_size, always_partition):
+    args = dict(
+        embed_dim=16, depths=(2, 2, 2), num_heads=(1, 2, 4), window_size=4, mlp_ratio=4.,
+        always_partition=always_partition)
+    model = _randomise(_test_model(img_size=img_size, local_stages=(False,) * 3, **args)).double()
+    swin = timm.models.SwinTransformer(img_size=img_size, **args).double().eval()
+    swin.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    assert_near(model(x), swin(x), 1e-12)
+    assert any(block.shift_size != (0, 0) for stage in model.layers for block in stage.blocks)
+
+
 def test_drop_path_rises_linearly():
     model = create_model('test_elsa_swin', drop_path_rate=.4, depths=(1, 1, 2, 1), device='meta')
     rates = [getattr(block.drop_path1, 'drop_prob', 0.) for stage in model.layers for block in stage.blocks]

@@ -1,0 +1,341 @@
+"""From any checkpoint that holds ELSA, or a relative of it, to a folder that plain timm reads."""
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import save_for_hf
+
+from ..macs import count_macs
+from ..models import warm_start
+from ..models._checkpoint import WeightsError, fit_weights, read_checkpoint, unwrap
+from ..models.elsa_swin import ElsaSwin, _convert_authors
+from ..training.files import replace_folder
+from .cache import sha256_of
+from .resolve import checkpoint_filter_of
+
+KINDS = ('auto', 'weights', 'backbone', 'warm-start')
+FILES = ('README.md', 'config.json', 'model.safetensors')  # of a converted folder
+_BACKBONE = 'backbone.'  # prefix in checkpoints of detectors and segmenters
+_ACTIONS = ('same', 'renamed', 'reshaped', 'transposed', 'reordered', 'split', 'resized', 'dropped', 'missing')
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """What became of each entry of a checkpoint, and of each entry of the model.
+
+    `rows` are an entry of the file, entries of the model and what was done: 'same', 'renamed', 'reshaped' (other
+    shape, same order of values), 'transposed' (position tables), 'reordered' (rows in another order), 'split',
+    'resized' (resampled), 'dropped' (no entries of the model), 'missing' (no entry of the file).
+    """
+    rows: Tuple[Tuple[str, Tuple[str, ...], Tuple[str, ...]], ...]
+
+    def count(self, action: str) -> int:
+        """Number of rows in which `action` was done."""
+        return sum(action in actions for _, _, actions in self.rows)
+
+    def __str__(self) -> str:
+        lines = []
+        for source, targets, actions in self.rows:
+            arrow = f' -> {", ".join(targets)}' if targets and targets != (source,) else ''
+            lines.append(f'{"+".join(actions):20} {source}{arrow}')
+        counts = ', '.join(f'{n} {action}' for action in _ACTIONS if (n := self.count(action)))
+        return '\n'.join([*lines, f'{len(lines)} entries: {counts}'])
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted checkpoint, before it is saved."""
+    model: nn.Module
+    kind: str
+    report: KeyReport
+    summary: str  # where the weights are from, in words
+    license: str
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+
+
+def _trace(found: Dict[str, torch.Tensor], fitted: Dict[str, torch.Tensor], model: nn.Module) -> KeyReport:
+    """Follow each entry of a file through renaming alone, together with the one entry that its meaning hangs on."""
+    is_authors = any(k.endswith('.attn.post_proj.weight') for k in found)
+    rows, reached = [], set()
+    for key, x in found.items():
+        renamed = {key: x}
+        if is_authors:
+            table = key.rpartition('.pre_proj.')[0] + '.rb'
+            company = {table: found[table]} if '.attn.pre_proj.' in key and table in found else {}
+            renamed = _convert_authors({**company, key: x})
+            for k in _convert_authors(company):
+                renamed.pop(k, None)
+        targets = tuple(k for k in renamed if k in fitted)
+        reached.update(targets)
+        actions = []
+        if not targets:
+            actions.append('dropped')
+        elif targets != (key,):
+            actions.append('split' if len(targets) > 1 else 'renamed')
+        for target in targets:
+            before, after = renamed[target], fitted[target]
+            if key.endswith('.rb'):
+                actions.append('transposed')
+            elif len(targets) == 1 and not _same_values(x, before):
+                actions.append('reordered')
+            elif len(targets) == 1 and x.shape != before.shape:
+                actions.append('reshaped')
+            if before.shape != after.shape or not torch.equal(before, after):
+                actions.append('resized')
+        rows.append((key, targets, tuple(dict.fromkeys(actions)) or ('same',)))
+    rows += [('-', (k,), ('missing',)) for k in model.state_dict() if k not in reached]
+    return KeyReport(tuple(rows))
+
+
+def _take_backbone(state_dict: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], List[str]]:
+    """The backbone of a detector or segmenter, its last norm as that of a classifier, and what is left out."""
+    prefix = _BACKBONE if any(k.startswith(_BACKBONE) for k in state_dict) else ''
+    out, left = {}, []
+    for key, x in state_dict.items():
+        name = key[len(prefix):]
+        if not key.startswith(prefix) or name.startswith(('norm0.', 'norm1.', 'norm2.', 'head.')):
+            left.append(key)
+        else:
+            out['norm.' + name[len('norm3.'):] if name.startswith('norm3.') else name] = x
+    return out, left
+
+
+def _guess_kind(state_dict: Dict[str, torch.Tensor]) -> str:
+    if any(k.startswith((_BACKBONE, 'norm3.')) for k in state_dict):
+        return 'backbone'
+    has_elsa = any(k.endswith(('.attn.attn_conv.weight', '.attn.attn.0.weight')) for k in state_dict)
+    return 'weights' if has_elsa else 'warm-start'
+
+
+def _num_classes(state_dict: Dict[str, torch.Tensor]) -> int:
+    for key in ('head.fc.weight', 'head.weight'):
+        x = state_dict.get(key)
+        if x is not None and x.dim() == 2:
+            return x.shape[0]
+    return 0
+
+
+def convert(
+        path: Union[str, Path],
+        architecture: str,
+        kind: str = 'auto',
+        use_ema: bool = True,
+        model_args: Optional[Dict[str, Any]] = None,
+) -> Conversion:
+    """Read a checkpoint into a model of this package.
+
+    Args:
+        path: File of the authors' or our training, classification, detection or segmentation; or of timm's Swin or
+            VOLO, of which what is shared is copied.
+        architecture: Name of the entry point.
+        kind: 'weights' are those of the whole classifier, 'backbone' is that inside a detector or segmenter,
+            'warm-start' is a relative; 'auto' decides by the names of the entries.
+        use_ema: Take the averaged weights where the checkpoint has them.
+        model_args: Further arguments of the model.
+
+    Raises:
+        ValueError: The architecture or the kind is unknown.
+        FileNotFoundError: There is no such file.
+        WeightsError: The file cannot be read or does not fit.
+    """
+    if kind not in KINDS:
+        raise ValueError(f'kind: got {kind!r}, must be one of {", ".join(KINDS)}.')
+    path, model_args = Path(path), dict(model_args or {})
+    if not timm.is_model(architecture) or not timm.models.model_entrypoint(architecture).__module__.startswith(
+            __package__.partition('.')[0]) and '.' in architecture:
+        raise ValueError(f'architecture: got {architecture!r}, must be one of {", ".join(timm.list_models("*elsa*"))}.')
+    found = unwrap(read_checkpoint(path, use_ema))
+    if kind == 'auto':
+        kind = _guess_kind(found)
+    cfg_license = timm.get_pretrained_cfg(architecture).license
+    if kind == 'warm-start':
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = timm.create_model(architecture, **model_args)
+        try:
+            report = warm_start(model, path)
+        except (ValueError, RuntimeError) as e:
+            raise WeightsError(f'{path}: {e}') from e
+        rows = [(k, (k,), ('same',)) for k in report.copied]
+        rows += [(k, (k,), ('resized',)) for k in report.resized]
+        rows += [(k, (), ('dropped',)) for k in report.unused]
+        rows += [('-', (k,), ('missing',)) for k in report.left]
+        summary = (
+            f'A start for training, and no trained model: {100. * (report.num_copied + report.num_resized) / max(
+                report.num_params, 1):.0f} % of the parameters are those of a related model, the rest, its local '
+            f'attention among them, has its initial values.')
+        return Conversion(model, kind, KeyReport(tuple(rows)), summary, 'apache-2.0' if 'volo' in architecture else 'mit')
+    left = []
+    if kind == 'backbone':
+        found, left = _take_backbone(found)
+        summary = 'The backbone of a detection or segmentation model, without classifier.'
+    elif any(k.endswith('.attn.post_proj.weight') for k in found):
+        summary = 'The authors\' weights, from their training checkpoint.'
+    else:
+        summary = 'Weights of a training of this package.'
+    model_args.setdefault('num_classes', 0 if kind == 'backbone' else _num_classes(found))
+    meta = timm.create_model(architecture, device='meta', **model_args)
+    if kind == 'backbone' and not isinstance(meta, ElsaSwin):
+        raise WeightsError(f'{path}: is the backbone of an ELSA-Swin, and {architecture} is none.')
+    fitted = fit_weights(found, meta, checkpoint_filter_of(meta))
+    report = _trace(found, fitted, meta)
+    if left:
+        report = KeyReport((*report.rows, *((k, (), ('dropped',)) for k in left)))
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(architecture, **model_args)
+    model.load_state_dict(fitted)
+    return Conversion(model, kind, report, summary, cfg_license)
+
+
+_CARD = '''---
+library_name: timm
+pipeline_tag: {task}
+license: {license}
+tags:
+- {task}
+- timm
+- elsa
+---
+```python
+import elsa_models  # pip install elsa_models; without it timm does not know the model
+import timm
+
+model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True)
+```
+
+# {name}
+
+{summary}
+
+| | |
+|---|---|
+| architecture | `{architecture}` |
+| parameters, counted | {num_params:,} ({millions:.2f} M) |
+| GMACs at {height} x {width}, counted | {gmacs:.2f} |
+| image | {channels} x {height} x {width}, mean {mean}, std {std}, {interpolation}, crop {crop_pct} |
+| classes | {classes} |
+| converted from | a file with sha256 `{source_sha256}` |
+| model.safetensors | sha256 `{sha256}` |
+
+No accuracy is stated: none was measured on this file.
+
+Paper: [What Limits the Performance of Local Self-attention?](https://arxiv.org/abs/2112.12786) (ELSA), Zhou, Wang, Chen,
+Wang, Wang, Jin, Yan; IJCV 2023. Code: [elsa_models](https://github.com/elsa-models/elsa_models); {origin}.
+Licence: {license}.
+
+```bibtex
+@article{{zhou2021elsa,
+  title={{ELSA: Enhanced Local Self-Attention for Vision Transformer}},
+  author={{Zhou, Jingkai and Wang, Pichao and Wang, Fan and Liu, Qiong and Li, Hao and Jin, Rong}},
+  journal={{arXiv preprint arXiv:2112.12786}},
+  year={{2021}}
+}}
+```
+'''
+
+
+def model_card(conversion: Conversion, name: str, license: str, source_sha256: str, sha256: str) -> str:
+    """The README.md of a folder: how to load it, counted sizes, paper and licence, and no accuracy."""
+    model = conversion.model
+    cfg = model.pretrained_cfg
+    channels, height, width = cfg['input_size']
+    num_params = sum(p.numel() for p in model.parameters())
+    origin = f'the authors\' [{cfg["origin_url"]}]({cfg["origin_url"]})' if cfg.get('origin_url') else 'there is no other'
+    return _CARD.format(
+        task='image-classification' if model.num_classes else 'image-feature-extraction',
+        license=license,
+        name=name,
+        summary=conversion.summary,
+        architecture=cfg['architecture'],
+        num_params=num_params,
+        millions=num_params / 1e6,
+        gmacs=count_macs(model) / 1e9,
+        channels=channels,
+        height=height,
+        width=width,
+        mean=tuple(cfg['mean']),
+        std=tuple(cfg['std']),
+        interpolation=cfg['interpolation'],
+        crop_pct=cfg['crop_pct'],
+        classes=model.num_classes or 'none, features only',
+        source_sha256=source_sha256,
+        sha256=sha256,
+        origin=origin,
+    )
+
+
+def save(
+        conversion: Conversion,
+        folder: Union[str, Path],
+        source: Union[str, Path],
+        name: Optional[str] = None,
+        tag: Optional[str] = None,
+        license: Optional[str] = None,
+) -> Path:
+    """Save a conversion as model.safetensors, config.json and README.md, all of them or none.
+
+    Args:
+        conversion: What `convert` returned.
+        folder: Created, or replaced if it holds nothing else than such files.
+        source: The file that was converted.
+        name: Of the model in its card; that of the folder if None.
+        tag: What the weights were trained by and on, as in `damo_in1k`.
+        license: Of the weights; by where they are from if None.
+
+    Raises:
+        OutputError: The folder holds something else.
+    """
+    folder = Path(folder).absolute()
+    model = conversion.model
+    model_config = dict(pretrained_cfg=dict(tag=tag, license=license or conversion.license))
+    if conversion.kind == 'warm-start':
+        model_config['pretrained_cfg']['description'] = conversion.summary
+    with replace_folder(folder, FILES) as temporary:
+        save_for_hf(model, temporary, model_config=model_config, safe_serialization=True)
+        card = model_card(
+            conversion, name or folder.name, license or conversion.license, sha256_of(source),
+            sha256_of(temporary / 'model.safetensors'))
+        (temporary / 'README.md').write_text(card, encoding='utf-8')
+        check_folder(temporary)
+    return folder
+
+
+def check_folder(folder: Union[str, Path]) -> Dict[str, Any]:
+    """Require that a folder is what `save` writes, and that its weights load by plain timm.
+
+    Returns:
+        The content of config.json.
+
+    Raises:
+        WeightsError: A file is missing, is of another kind, or does not fit the others.
+    """
+    folder = Path(folder)
+    for name in FILES:
+        if not (folder / name).is_file() or (folder / name).is_symlink():
+            raise WeightsError(f'{folder}: has no file {name}. scripts/convert_checkpoint.py makes such folders.')
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        architecture = config['architecture']
+        is_own = timm.models.model_entrypoint(architecture).__module__.partition('.')[0] != 'timm'
+    except Exception as e:  # json can hold anything
+        raise WeightsError(f'{folder / "config.json"}: cannot be read ({type(e).__name__}: {e}).') from e
+    if not is_own:
+        raise WeightsError(f'{folder / "config.json"}: the architecture {architecture!r} is not one of this package.')
+    head = (folder / 'README.md').read_text(encoding='utf-8').splitlines()[:20]
+    if not any('import elsa_models' in line for line in head):
+        raise WeightsError(f'{folder / "README.md"}: must say `import elsa_models` in its first lines.')
+    try:
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except WeightsError:
+        raise
+    except Exception as e:  # of timm, on what config.json holds
+        raise WeightsError(f'{folder}: cannot be loaded ({type(e).__name__}: {e}).') from e
+    return config

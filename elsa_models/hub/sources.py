@@ -1,0 +1,186 @@
+"""Where weights are downloaded from: repositories of a hub, and files on Google Drive."""
+import errno
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Optional, Union
+from urllib.parse import parse_qs, urlsplit
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
+
+from ..models._checkpoint import WeightsError
+from .cache import sha256_of
+
+_HUB_FILES = ('model.safetensors', 'pytorch_model.bin')  # the first that a repository has
+_DRIVE_TIMEOUT = 30.  # seconds without a byte
+_DRIVE_RETRIES = 3
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+INSTALL_GDOWN = 'pip install \'elsa_models[hub]\''
+SET_TOKEN = 'hf auth login (or export HF_TOKEN=...), with a token that may read the repository'
+SET_CACHE = 'export ELSA_CACHE=FOLDER HF_HOME=FOLDER, a folder that can be written and has room'
+GO_ONLINE = 'unset HF_HUB_OFFLINE, once, to fill the cache'
+
+
+class SourceError(WeightsError):
+    """A source that did not give a file, and the command that would help if one is known."""
+
+    def __init__(self, reason: str, fix: str = '') -> None:
+        super().__init__(f'{reason}. {fix}' if fix else reason)
+        self.reason = reason
+        self.fix = fix
+
+
+def explain(error: BaseException) -> SourceError:
+    """Say why a download failed, in one line."""
+    if isinstance(error, SourceError):
+        return error
+    if isinstance(error, WeightsError):
+        return SourceError(str(error).rstrip('.'))
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
+    root = chain[-1]
+    for e in chain:
+        if isinstance(e, HfHubHTTPError):
+            root = e
+    words = ' '.join(str(root).split())
+    reason = f'{type(root).__name__}: {words[:300]}'.rstrip('.: ')
+    fix = ''
+    status = root.response.status_code if isinstance(root, HfHubHTTPError) else None
+    if status in (401, 403, 404) and not isinstance(root, EntryNotFoundError):
+        fix = SET_TOKEN
+    elif any(isinstance(e, OSError) and e.errno in _UNWRITABLE for e in chain):
+        fix = SET_CACHE
+    elif constants.is_offline_mode():
+        fix = GO_ONLINE
+    return SourceError(reason, fix)
+
+
+def _matches_its_name(path: Path) -> bool:
+    """Whether a file of huggingface_hub's cache is what its name in there says: a sha256, or git's sha1."""
+    if not path.is_symlink():
+        return True  # no names on systems without symbolic links
+    name = Path(os.readlink(path)).name
+    if re.fullmatch('[0-9a-f]{64}', name):
+        return sha256_of(path) == name
+    if re.fullmatch('[0-9a-f]{40}', name):
+        data = path.read_bytes()
+        return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest() == name
+    return True
+
+
+def download_from_hub(
+        repo_id: str,
+        revision: Optional[str] = None,
+        filename: Optional[str] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+) -> Path:
+    """A file of weights of a hub repository, by huggingface_hub and verified by its digest.
+
+    Args:
+        repo_id: Owner and name.
+        revision: Branch, tag or commit; the main branch if None.
+        filename: Path in the repository; the usual names of weights if None.
+        cache_dir: Folder for huggingface_hub's cache; its own if None.
+
+    Returns:
+        Path in huggingface_hub's cache.
+
+    Raises:
+        SourceError: It could not be had, or is not what its name says.
+    """
+    from .. import __version__
+    label = f'{repo_id}@{revision}' if revision else repo_id
+    names = (filename,) if filename else _HUB_FILES
+    for name in names:
+        for is_last_try in (False, True):
+            try:
+                path = Path(hf_hub_download(
+                    repo_id,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    library_name='elsa_models',
+                    library_version=__version__,
+                ))
+            except Exception as e:  # of httpx2, of huggingface_hub, of the operating system
+                is_absent = isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError)
+                if is_absent and name != names[-1]:
+                    break
+                raise explain(e) from e
+            if _matches_its_name(path):
+                return path
+            # neither we nor anyone else may take it for good
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            if is_last_try:
+                raise SourceError(f'{name} of {label} does not have the sha256 that the hub gives for it')
+    raise AssertionError('unreachable')
+
+
+def drive_id(url: Optional[str]) -> Optional[str]:
+    """The id of a file on Google Drive, or None if the url is of something else."""
+    if not isinstance(url, str) or urlsplit(url).hostname != 'drive.google.com':
+        return None
+    return parse_qs(urlsplit(url).query).get('id', [None])[0]
+
+
+def download_from_drive(file_id: str, folder: Path) -> Path:
+    """A file on Google Drive, by gdown. An unfinished download in `folder` is continued.
+
+    Args:
+        file_id: Google's id of the file.
+        folder: Created if need be, and nobody else's.
+
+    Returns:
+        Path of the complete file, in `folder`.
+
+    Raises:
+        SourceError: It could not be had; what has come stays in `folder`.
+    """
+    if constants.is_offline_mode():
+        raise SourceError('HF_HUB_OFFLINE is set', GO_ONLINE)
+    try:
+        import gdown
+    except ImportError as e:
+        raise SourceError('gdown is not installed', INSTALL_GDOWN) from e
+    path = folder / 'checkpoint'
+    if path.is_file():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _num_bytes(folder)
+        try:
+            _gdown(file_id, path)
+        except gdown.DownloadError as e:
+            # a server that cannot continue says so before it sends anything
+            if isinstance(e, gdown.FileURLRetrievalError) or e.__cause__ or not before or _num_bytes(folder) != before:
+                raise
+            shutil.rmtree(folder)
+            folder.mkdir()
+            _gdown(file_id, path)
+    except Exception as e:  # of requests, of gdown, of the operating system
+        raise explain(e) from e
+    return path
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.iterdir())
+
+
+def _gdown(file_id: str, path: Path) -> None:
+    import gdown
+    gdown.download(
+        id=file_id,
+        output=str(path),
+        quiet=bool(are_progress_bars_disabled()),
+        use_cookies=False,
+        resume=True,
+        timeout=_DRIVE_TIMEOUT,
+        retries=_DRIVE_RETRIES,
+    )

@@ -1,0 +1,175 @@
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import released
+import safetensors.torch
+import timm
+import torch
+from helpers import to_authors
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars
+from servers import DriveServer, HubServer, redirected_drive
+
+import elsa_models
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def hub_server():
+    server = HubServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def drive_server():
+    server = DriveServer()
+    with redirected_drive(server.url):
+        yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def own_world(tmp_path, monkeypatch):
+    """No test sees the caches, tokens, settings or network of the machine."""
+    home = tmp_path / 'home'
+    for name in list(os.environ):
+        if name.startswith(('HF_', 'HUGGING', 'ELSA_')):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(constants, 'HF_HOME', str(home))
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(home / 'hub'))
+    monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(home / 'token'))
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    point_to(monkeypatch, 'http://127.0.0.1:9')  # where nobody listens
+    disable_progress_bars()
+    elsa_models.set_hub_namespace(None)
+    yield home
+    elsa_models.set_hub_namespace(None)
+    huggingface_hub.close_session()
+
+
+def point_to(monkeypatch, url):
+    """What HF_ENDPOINT does when huggingface_hub is imported."""
+    monkeypatch.setattr(constants, 'ENDPOINT', url)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')
+
+
+@pytest.fixture
+def hub(hub_server, monkeypatch):
+    """A hub that is the endpoint, with the namespace `org` in force."""
+    point_to(monkeypatch, hub_server.url)
+    elsa_models.set_hub_namespace('org')
+    return hub_server
+
+
+@pytest.fixture(scope='session')
+def weights():
+    """A model with random weights, and its image (1, 3, 32, 32)."""
+    torch.manual_seed(1)
+    model = timm.create_model(released.NAME.partition('.')[0]).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(.1 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture(scope='session')
+def image():
+    return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope='session')
+def authors_file(weights, tmp_path_factory):
+    """The weights as the authors' training would have saved them."""
+    import argparse
+    path = tmp_path_factory.mktemp('authors') / 'checkpoint.pth.tar'
+    torch.save(dict(
+        epoch=299, arch='small_released', state_dict=to_authors(weights.state_dict()), version=2, metric=1.,
+        optimizer=dict(state={0: dict(step=3, exp_avg=torch.zeros(2))}, param_groups=[dict(lr=1e-3, params=[0])]),
+        args=argparse.Namespace(model='small_released', lr=1e-3), amp_scaler=dict(scale=65536.)), path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope='session')
+def hub_files(weights, tmp_path_factory):
+    """The weights as files of a hub repository."""
+    folder = tmp_path_factory.mktemp('hub_files')
+    timm.models.save_for_hf(weights, folder, safe_serialization=True)
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def on_hub(hub, hub_files):
+    hub.commit(f'org/{released.NAME}', hub_files)
+    return hub
+
+
+@pytest.fixture
+def on_drive(drive_server, authors_file):
+    drive_server.files[released.FILE_ID] = ('elsa.pth.tar', authors_file)
+    return drive_server
+
+
+def load(name=released.NAME, **kwargs):
+    """`pretrained=True` as a user would ask for it."""
+    return timm.create_model(name, pretrained=True, **kwargs).eval()
+
+
+def assert_right(model, weights):
+    expected = weights.state_dict()
+    actual = model.state_dict()
+    assert actual.keys() == expected.keys()
+    for k, x in actual.items():
+        assert torch.equal(x, expected[k]), k
+
+
+def cache_files(home):
+    """Names of the files of our cache, locks left out."""
+    root = Path(home) / 'elsa_models'
+    return sorted(str(p.relative_to(root)) for p in root.rglob('*') if p.is_file() and p.name != '.lock')
+
+
+def complete_files(home):
+    """Every file of weights that any cache holds under a final name."""
+    return [p for p in Path(home).rglob('*') if p.is_file() and p.stat().st_size > 10000 and not p.name.endswith(
+        ('.part', '.incomplete')) and not p.name.startswith('.')]
+
+
+def state_of(path):
+    return safetensors.torch.load_file(path)
+
+
+CHILD = '''
+import sys
+sys.path[:0] = {paths}
+import servers
+redirect = servers.redirected_drive({drive!r})
+redirect.__enter__()
+import timm, torch, released, elsa_models
+from elsa_models.models._checkpoint import WeightsError
+'''
+
+
+def start_child(code, home, hub=None, drive=None, prefix=(), **env):
+    """A process of its own, configured by environment variables alone."""
+    code = CHILD.format(paths=[str(HERE), str(HERE.parent)], drive=drive) + textwrap.dedent(code)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'ELSA_'))}
+    clean.update(HF_HOME=str(home), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1', OMP_NUM_THREADS='1')
+    clean['HF_ENDPOINT'] = hub or 'http://127.0.0.1:9'
+    return subprocess.Popen(
+        [*prefix, sys.executable, '-c', code], env={**clean, **env}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, cwd='/')
+
+
+def run_child(*args, **kwargs):
+    child = start_child(*args, **kwargs)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 0, err[-3000:]
+    return out
