@@ -5,6 +5,12 @@ from .hub import WeightsError, get_hub_namespace, load_weights, set_hub_namespac
 from .layers import ElsaAttention, ElsaBlock
 from .models import ElsaSwin, ElsaVolo, warm_start
 from .ops import (
-    available_backends, explain_backend, get_backend, local_attention, local_attention_reference, set_backend)
+    available_backends,
+    explain_backend,
+    get_backend,
+    local_attention,
+    local_attention_reference,
+    set_backend,
+)
 
 __version__ = '0.1.0'

@@ -1,6 +1,6 @@
 """From any checkpoint that holds ELSA, or a relative of it, to a folder that plain timm reads."""
-import dataclasses
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -23,6 +23,8 @@ FILES = ('README.md', 'config.json', 'model.safetensors')  # of a converted fold
 _BACKBONE = 'backbone.'  # prefix in checkpoints of detectors and segmenters
 _ACTIONS = ('same', 'renamed', 'reshaped', 'transposed', 'reordered', 'split', 'resized', 'dropped', 'missing')
 
+Row = Tuple[str, Tuple[str, ...], Tuple[str, ...]]  # entry of the file, entries of the model, actions
+
 
 @dataclass(frozen=True)
 class KeyReport:
@@ -32,7 +34,7 @@ class KeyReport:
     shape, same order of values), 'transposed' (position tables), 'reordered' (rows in another order), 'split',
     'resized' (resampled), 'dropped' (no entries of the model), 'missing' (no entry of the file).
     """
-    rows: Tuple[Tuple[str, Tuple[str, ...], Tuple[str, ...]], ...]
+    rows: Tuple[Row, ...]
 
     def count(self, action: str) -> int:
         """Number of rows in which `action` was done."""
@@ -61,7 +63,7 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
 
 
-def _trace(found: Dict[str, torch.Tensor], fitted: Dict[str, torch.Tensor], model: nn.Module) -> KeyReport:
+def _trace(found: Dict[str, torch.Tensor], fitted: Dict[str, torch.Tensor], model: nn.Module) -> List[Row]:
     """Follow each entry of a file through renaming alone, together with the one entry that its meaning hangs on."""
     is_authors = any(k.endswith('.attn.post_proj.weight') for k in found)
     rows, reached = [], set()
@@ -92,20 +94,18 @@ def _trace(found: Dict[str, torch.Tensor], fitted: Dict[str, torch.Tensor], mode
                 actions.append('resized')
         rows.append((key, targets, tuple(dict.fromkeys(actions)) or ('same',)))
     rows += [('-', (k,), ('missing',)) for k in model.state_dict() if k not in reached]
-    return KeyReport(tuple(rows))
+    return rows
 
 
-def _take_backbone(state_dict: Dict[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], List[str]]:
-    """The backbone of a detector or segmenter, its last norm as that of a classifier, and what is left out."""
+def _take_backbone(state_dict: Dict[str, torch.Tensor]) -> Dict[str, str]:
+    """Names of the entries of a classifier without head that are inside a detector or segmenter, and theirs there.
+
+    The last of its four norms, one for each output, is on the same map as the norm of a classifier.
+    """
     prefix = _BACKBONE if any(k.startswith(_BACKBONE) for k in state_dict) else ''
-    out, left = {}, []
-    for key, x in state_dict.items():
-        name = key[len(prefix):]
-        if not key.startswith(prefix) or name.startswith(('norm0.', 'norm1.', 'norm2.', 'head.')):
-            left.append(key)
-        else:
-            out['norm.' + name[len('norm3.'):] if name.startswith('norm3.') else name] = x
-    return out, left
+    names = {k[len(prefix):]: k for k in state_dict if k.startswith(prefix)}
+    names = {k: name for k, name in names.items() if not k.startswith(('norm0.', 'norm1.', 'norm2.', 'head.'))}
+    return {f'norm.{k[len("norm3."):]}' if k.startswith('norm3.') else k: name for k, name in names.items()}
 
 
 def _guess_kind(state_dict: Dict[str, torch.Tensor]) -> str:
@@ -113,6 +113,10 @@ def _guess_kind(state_dict: Dict[str, torch.Tensor]) -> str:
         return 'backbone'
     has_elsa = any(k.endswith(('.attn.attn_conv.weight', '.attn.attn.0.weight')) for k in state_dict)
     return 'weights' if has_elsa else 'warm-start'
+
+
+def _is_own(architecture: str) -> bool:
+    return timm.is_model(architecture) and not timm.models.model_entrypoint(architecture).__module__.startswith('timm.')
 
 
 def _num_classes(state_dict: Dict[str, torch.Tensor]) -> int:
@@ -149,8 +153,7 @@ def convert(
     if kind not in KINDS:
         raise ValueError(f'kind: got {kind!r}, must be one of {", ".join(KINDS)}.')
     path, model_args = Path(path), dict(model_args or {})
-    if not timm.is_model(architecture) or not timm.models.model_entrypoint(architecture).__module__.startswith(
-            __package__.partition('.')[0]) and '.' in architecture:
+    if not _is_own(architecture):
         raise ValueError(f'architecture: got {architecture!r}, must be one of {", ".join(timm.list_models("*elsa*"))}.')
     found = unwrap(read_checkpoint(path, use_ema))
     if kind == 'auto':
@@ -168,31 +171,41 @@ def convert(
         rows += [(k, (k,), ('resized',)) for k in report.resized]
         rows += [(k, (), ('dropped',)) for k in report.unused]
         rows += [('-', (k,), ('missing',)) for k in report.left]
+        share = 100. * (report.num_copied + report.num_resized) / report.num_params
         summary = (
-            f'A start for training, and no trained model: {100. * (report.num_copied + report.num_resized) / max(
-                report.num_params, 1):.0f} % of the parameters are those of a related model, the rest, its local '
-            f'attention among them, has its initial values.')
-        return Conversion(model, kind, KeyReport(tuple(rows)), summary, 'apache-2.0' if 'volo' in architecture else 'mit')
-    left = []
+            f'A start for training, and no trained model: {share:.0f} % of the parameters are those of a related model,'
+            f' the others, local attention among them, have their initial values.')
+        return Conversion(model, kind, KeyReport(tuple(rows)), summary, cfg_license)
+    names = {k: k for k in found}
     if kind == 'backbone':
-        found, left = _take_backbone(found)
+        names = _take_backbone(found)
         summary = 'The backbone of a detection or segmentation model, without classifier.'
     elif any(k.endswith('.attn.post_proj.weight') for k in found):
-        summary = 'The authors\' weights, from their training checkpoint.'
+        summary = 'From a checkpoint of the ELSA authors\' training code.'
     else:
-        summary = 'Weights of a training of this package.'
-    model_args.setdefault('num_classes', 0 if kind == 'backbone' else _num_classes(found))
+        summary = 'From a checkpoint of a training with this package.'
+    taken = {k: found[name] for k, name in names.items()}
+    model_args.setdefault('num_classes', 0 if kind == 'backbone' else _num_classes(taken))
     meta = timm.create_model(architecture, device='meta', **model_args)
     if kind == 'backbone' and not isinstance(meta, ElsaSwin):
-        raise WeightsError(f'{path}: is the backbone of an ELSA-Swin, and {architecture} is none.')
-    fitted = fit_weights(found, meta, checkpoint_filter_of(meta))
-    report = _trace(found, fitted, meta)
-    if left:
-        report = KeyReport((*report.rows, *((k, (), ('dropped',)) for k in left)))
-    with torch.random.fork_rng(devices=[]):
-        model = timm.create_model(architecture, **model_args)
+        raise WeightsError(f'{path}: has the entries of an ELSA-Swin, which {architecture} is not.')
+    fitted = fit_weights(taken, meta, checkpoint_filter_of(meta))
+    rows = _trace(taken, fitted, meta)
+    rows = [_with_original_name(row, names) for row in rows]
+    rows += [(k, (), ('dropped',)) for k in found.keys() - set(names.values())]
+    model = meta.to_empty(device='cpu')  # without drawing weights that are overwritten at once
+    if hasattr(model, 'init_non_persistent_buffers'):
+        model.init_non_persistent_buffers()
     model.load_state_dict(fitted)
-    return Conversion(model, kind, report, summary, cfg_license)
+    return Conversion(model, kind, KeyReport(tuple(rows)), summary, cfg_license)
+
+
+def _with_original_name(row: Row, names: Dict[str, str]) -> Row:
+    key, targets, actions = row
+    original = names.get(key, key)
+    if original == key or not targets:
+        return original, targets, actions
+    return original, targets, tuple(dict.fromkeys(['renamed', *(a for a in actions if a != 'same')]))
 
 
 _CARD = '''---
@@ -227,18 +240,8 @@ model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True)
 
 No accuracy is stated: none was measured on this file.
 
-Paper: [What Limits the Performance of Local Self-attention?](https://arxiv.org/abs/2112.12786) (ELSA), Zhou, Wang, Chen,
-Wang, Wang, Jin, Yan; IJCV 2023. Code: [elsa_models](https://github.com/elsa-models/elsa_models); {origin}.
-Licence: {license}.
-
-```bibtex
-@article{{zhou2021elsa,
-  title={{ELSA: Enhanced Local Self-Attention for Vision Transformer}},
-  author={{Zhou, Jingkai and Wang, Pichao and Wang, Fan and Liu, Qiong and Li, Hao and Jin, Rong}},
-  journal={{arXiv preprint arXiv:2112.12786}},
-  year={{2021}}
-}}
-```
+Paper: [What Limits the Performance of Local Self-attention?](https://arxiv.org/abs/2112.12786) (ELSA), IJCV 2023.
+Code: [elsa_models](https://github.com/elsa-models/elsa_models){origin}. Licence: {license}.
 '''
 
 
@@ -248,7 +251,7 @@ def model_card(conversion: Conversion, name: str, license: str, source_sha256: s
     cfg = model.pretrained_cfg
     channels, height, width = cfg['input_size']
     num_params = sum(p.numel() for p in model.parameters())
-    origin = f'the authors\' [{cfg["origin_url"]}]({cfg["origin_url"]})' if cfg.get('origin_url') else 'there is no other'
+    origin = f'; the authors\' is at {cfg["origin_url"]}' if cfg.get('origin_url') else ''
     return _CARD.format(
         task='image-classification' if model.num_classes else 'image-feature-extraction',
         license=license,
@@ -324,7 +327,7 @@ def check_folder(folder: Union[str, Path]) -> Dict[str, Any]:
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         architecture = config['architecture']
-        is_own = timm.models.model_entrypoint(architecture).__module__.partition('.')[0] != 'timm'
+        is_own = _is_own(architecture)
     except Exception as e:  # json can hold anything
         raise WeightsError(f'{folder / "config.json"}: cannot be read ({type(e).__name__}: {e}).') from e
     if not is_own:
@@ -333,7 +336,9 @@ def check_folder(folder: Union[str, Path]) -> Dict[str, Any]:
     if not any('import elsa_models' in line for line in head):
         raise WeightsError(f'{folder / "README.md"}: must say `import elsa_models` in its first lines.')
     try:
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # nothing is kept: the model is there to be compared with
+            timm.create_model(f'local-dir:{folder}', pretrained=True, device='meta')
     except WeightsError:
         raise
     except Exception as e:  # of timm, on what config.json holds

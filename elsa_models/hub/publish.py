@@ -2,7 +2,7 @@
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Union
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from ..models._checkpoint import WeightsError
 from .cache import sha256_of
@@ -29,7 +29,8 @@ def publish(
 ) -> Published:
     """Push a folder made by `elsa_models.hub.convert.save` to a hub repository, which is created if need be.
 
-    Nothing but its three files is sent, and afterwards the hub is asked for the digest of what it holds.
+    Nothing but its three files is sent, the card with the owner filled in, and afterwards the hub is asked for the
+    digest of what it holds.
 
     Args:
         folder: The folder, checked to load by plain timm first.
@@ -64,12 +65,13 @@ def publish(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision and revision != 'main':
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(FILES),
-            revision=revision,
+        contents = {name: str(folder / name) for name in FILES}
+        contents['README.md'] = card.encode()
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(name, content) for name, content in contents.items()],
             commit_message=message,
+            revision=revision,
         )
         info = api.get_paths_info(repo_id, ['model.safetensors'], revision=commit.oid)
     except Exception as e:  # of httpx2 and huggingface_hub

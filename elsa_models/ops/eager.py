@@ -4,8 +4,8 @@ Without a ghost factor the aggregation is a batched matrix product, as in `plain
 over: the softmax is written straight onto the diagonals of a zeroed buffer, and the K rows of taps are K products that
 accumulate in place. With one there is no product to be had, and the taps are summed one by one.
 
-A chunk of samples passes through all steps before the next begins, so that what lies between the steps stays in
-cache (CPU) or within a bound (elsewhere); nothing between the steps outlives a chunk, and backward recomputes it.
+A chunk of samples passes through all steps before the next begins, so that what lies between the steps stays in cache
+(CPU) or within a bound (elsewhere); nothing between the steps outlives a chunk, and backward recomputes it.
 Arithmetic is in float32 for the half precisions. Measured on a CPU against sums of shifted slices, K = 7: 1.4 to 3
 times as fast forward at batch 1, 2 to 3.5 times at batch 8 (benchmarks/).
 """
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from .plain import tile_width
 
-_CHUNK_BYTES = 1 << 28  # bound of one chunk's temporaries where kernel launches cost more than cache misses
+# bounds of one chunk's temporaries: what caches hold, and on other devices what memory can spare
+_CPU_CHUNK_BYTES, _CHUNK_BYTES = 1 << 22, 1 << 28
 
 Grads = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
 
@@ -46,7 +47,7 @@ def forward(
             a = a.softmax(dim=-1)
         y = bands.aggregate(v, a) if mul is None else _tap_sum(v, a, mul, K, d)
         if add is not None:
-            y += _static_term(v, add, d)
+            _add_static_term(y, v, add, d)
         out[chunk] = y
     return out
 
@@ -77,7 +78,7 @@ def backward(
         else:
             gv, ga = _tap_sum_backward(g, v, a, mul, grad_mul, K, d)
         if add is not None:
-            gv += _static_term_backward(g, v, add, grad_add, d)
+            _add_static_term_backward(gv, grad_add, g, v, add, d)
         if normalize:
             ga = torch._softmax_backward_data(ga, a, -1, dtype)
         grad_value[chunk], grad_logits[chunk] = gv, ga
@@ -93,9 +94,11 @@ def _cast(x: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch.Tenso
 
 
 def _chunks(value: torch.Tensor, K: int) -> Iterator[slice]:
-    # one sample at a time on a CPU: 2 cores, ELSA-Swin-T's first stage, batch 8: 9 ms against 13 for all at once
+    # 2 cores, ELSA-Swin-T's first stage, batch 8: 9 ms for one sample at a time, 13 for all at once; but on maps of
+    # 16 x 16, batch 64, the overhead of one at a time is 2 to 5 times the work
     B, H, W, C = value.shape
-    step = 1 if value.device.type == 'cpu' else max(1, _CHUNK_BYTES // max(1, 16 * K * H * W * C))
+    bound = _CPU_CHUNK_BYTES if value.device.type == 'cpu' else _CHUNK_BYTES
+    step = max(1, bound // max(1, 16 * K * H * W * C))
     for start in range(0, B, step):
         yield slice(start, min(start + step, B))
 
@@ -227,24 +230,40 @@ def _tap_sum_backward(
     return gv, grad_a.squeeze(-1).permute(1, 2, 3, 4, 0).contiguous()
 
 
-def _static_term(v: torch.Tensor, add: torch.Tensor, d: int) -> torch.Tensor:
+def _conv_batches(v: torch.Tensor) -> Iterator[slice]:
+    # a CPU convolution chooses its algorithm by the batch as well: alone, a sample's result is always the same
+    step = 1 if v.device.type == 'cpu' else v.shape[0]
+    for start in range(0, v.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _add_static_term(y: torch.Tensor, v: torch.Tensor, add: torch.Tensor, d: int) -> None:
+    """Add the neighbours weighted by `add` to `y`."""
     C, K = add.shape[:2]
-    y = F.conv2d(v.permute(0, 3, 1, 2), add.unsqueeze(1), padding=K // 2 * d, dilation=d, groups=C)
-    return y.permute(0, 2, 3, 1)
+    for batch in _conv_batches(v):
+        static = F.conv2d(v[batch].permute(0, 3, 1, 2), add.unsqueeze(1), padding=K // 2 * d, dilation=d, groups=C)
+        y[batch] += static.permute(0, 2, 3, 1)
 
 
-def _static_term_backward(
-        g: torch.Tensor, v: torch.Tensor, add: torch.Tensor, grad_add: torch.Tensor, d: int) -> torch.Tensor:
-    """Gradient of value; that of `add` is added to `grad_add`."""
+def _add_static_term_backward(
+        gv: torch.Tensor,
+        grad_add: torch.Tensor,
+        g: torch.Tensor,
+        v: torch.Tensor,
+        add: torch.Tensor,
+        d: int,
+) -> None:
+    """Add the gradients of value and `add` to `gv` and `grad_add`."""
     C, K = add.shape[:2]
     pad = K // 2 * d
-    gv, gw, _ = torch.ops.aten.convolution_backward(
-        g.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2), add.unsqueeze(1),
-        None, [1, 1], [pad, pad], [d, d], False, [0, 0], C, [True, d == 1, False])
-    if d == 1:
-        grad_add += gw.squeeze(1)
-    else:  # PyTorch's dilated convolution sums its weights' gradient with 6 times the error of a plain sum
+    for batch in _conv_batches(v):
+        static, weight, _ = torch.ops.aten.convolution_backward(
+            g[batch].permute(0, 3, 1, 2), v[batch].permute(0, 3, 1, 2), add.unsqueeze(1),
+            None, [1, 1], [pad, pad], [d, d], False, [0, 0], C, [True, d == 1, False])
+        gv[batch] += static.permute(0, 2, 3, 1)
+        if d == 1:
+            grad_add += weight.squeeze(1)
+    if d > 1:  # PyTorch's dilated convolution sums its weights' gradient with 6 times the error of a plain sum
         padded = F.pad(v, (0, 0, pad, pad, pad, pad))
         for tap, rows, columns in _tap_slices(K, d, v.shape[1], v.shape[2]):
             grad_add.view(C, -1)[:, tap] += (g * padded[:, rows, columns]).sum(dim=(0, 1, 2))
-    return gv.permute(0, 2, 3, 1)

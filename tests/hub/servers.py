@@ -172,8 +172,7 @@ class HubServer(Server):
         fault = self.take_fault(method)
         if fault and fault.kind == 'status':
             return self._error(h, fault.status, 'Fault', 'planted')
-        data = json.loads(body) if h.headers.get('Content-Type', '').startswith('application/') and body[:1] == b'{' and (
-            b'\n' not in body) else None
+        data = json.loads(body) if body[:1] == b'{' and b'\n' not in body else None
         if path == '/api/repos/create':
             repo_id = f'{data["organization"]}/{data["name"]}' if data.get('organization') else f'me/{data["name"]}'
             is_new = repo_id not in self.repos
@@ -207,9 +206,9 @@ class HubServer(Server):
             return h.send(200, {'id': repo_id, 'sha': commit, 'private': repo['private'], 'siblings': [
                 {'rfilename': k} for k in repo['commits'][commit]]})
         if verb == 'preupload':
-            return h.send(200, {'files': [dict(
-                path=f['path'], shouldIgnore=False, uploadMode='lfs' if f['path'].endswith('.safetensors') else 'regular')
-                for f in data['files']]})
+            modes = {f['path']: 'lfs' if f['path'].endswith('.safetensors') else 'regular' for f in data['files']}
+            return h.send(200, {'files': [
+                dict(path=path, shouldIgnore=False, uploadMode=mode) for path, mode in modes.items()]})
         if verb == 'commit':
             files = {}
             for line in map(json.loads, body.splitlines()):
@@ -219,8 +218,8 @@ class HubServer(Server):
                 elif line['key'] == 'lfsFile':
                     files[value['path']] = self.lfs[value['oid']]
             commit = self.commit(repo_id, files, rev)
-            return h.send(200, {
-                'success': True, 'commitOid': commit, 'commitUrl': f'{self.url}/{repo_id}/commit/{commit}', 'hookOutput': ''})
+            url = f'{self.url}/{repo_id}/commit/{commit}'
+            return h.send(200, {'success': True, 'commitOid': commit, 'commitUrl': url, 'hookOutput': ''})
         if verb == 'paths-info':
             paths = parse_qs(body.decode())['paths'] if data is None else data['paths']
             tree = repo['commits'][repo['branches'].get(rev, rev)]

@@ -65,12 +65,13 @@ def _assert_same_state(model, expected, but=()):
 def test_registered():
     assert timm.list_models(module='elsa_swin') == NAMES
     assert 'elsa_swin' in timm.list_modules()
-    assert not timm.list_models('*elsa_swin*', pretrained=True)  # no weights are known, and none are promised
+    released = [f'elsa_swin_{size}.damo_in1k' for size in ('base', 'small', 'tiny')]
+    assert timm.list_models('*elsa_swin*', pretrained=True) == released  # and nothing else is promised
     for name in NAMES:
         model = create_model(name, device='meta')
         assert isinstance(model, elsa_models.ElsaSwin)
         cfg = model.pretrained_cfg
-        assert cfg['architecture'] == name and not cfg.get('url') and not cfg.get('hf_hub_id')
+        assert cfg['architecture'] == name
         assert cfg['license'] == 'mit' and cfg['paper_ids'] == 'arXiv:2112.12786'
 
 
@@ -451,11 +452,9 @@ def test_a_folder_is_no_file(tmp_path):
         _load(tmp_path)
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_pretrained_without_weights_says_what_to_do(name):
-    with pytest.raises(RuntimeError, match=rf'{name}: pretrained=True.*pretrained_cfg_overlay=dict\(file=') as caught:
-        create_model(name, pretrained=True, device='meta')
-    assert 'pretrained=False' in str(caught.value)
+def test_pretrained_without_weights_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r'^test_elsa_swin: pretrained=True, but no weights.*pretrained=False'):
+        create_model('test_elsa_swin', pretrained=True, device='meta')
 
 
 def test_read_checkpoint(source, tmp_path):
@@ -608,7 +607,7 @@ def test_every_parameter_learns(autocast, lam):
 
 
 def test_overfits():
-    model = create_model('test_elsa_swin', num_classes=4, img_size=32, drop_path_rate=0.)
+    model = create_model('test_elsa_swin', num_classes=4, img_size=32, depths=(1, 1, 1, 1), drop_path_rate=0.)
     x, target = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(25):
@@ -649,7 +648,7 @@ LARGE_SIZES = [(128, 128), (160, 128), (97, 225), (231, 130), (144, 100), (320, 
 
 
 def test_compile_takes_all_sizes(fresh_compiler):
-    model = _randomise(_test_model(dynamic_img_size=True)).double()
+    model = _randomise(_test_model(dynamic_img_size=True, depths=(1, 1, 1, 1))).double()
     graphs = []
 
     def counting(graph, inputs):
@@ -662,7 +661,7 @@ def test_compile_takes_all_sizes(fresh_compiler):
         assert_near(compiled(x), model(x), 1e-10)
     assert 1 <= len(graphs) <= 2  # squares, and the rest
     calls = [str(node.target) for node in graphs[0].graph.nodes if 'local_attention' in str(node.target)]
-    assert len(calls) == 3
+    assert len(calls) == sum(isinstance(m, elsa_models.ElsaAttention) for m in model.modules())
 
 
 def test_compiled_training_step(fresh_compiler):
