@@ -61,6 +61,15 @@ def explain(error: BaseException) -> SourceError:
     return SourceError(reason, fix)
 
 
+def _was_reset(error: Optional[BaseException]) -> bool:
+    """Whether a connection broke half-way, after which huggingface_hub does not try again by itself."""
+    while error is not None:
+        if isinstance(error, ConnectionResetError):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _matches_its_name(path: Path) -> bool:
     """Whether a file of huggingface_hub's cache is what its name in there says: a sha256, or git's sha1."""
     if not path.is_symlink():
@@ -112,6 +121,8 @@ def download_from_hub(
                 is_absent = isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError)
                 if is_absent and name != names[-1]:
                     break
+                if _was_reset(e) and not is_last_try:
+                    continue
                 raise explain(e) from e
             if _matches_its_name(path):
                 return path

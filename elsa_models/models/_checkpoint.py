@@ -150,7 +150,7 @@ def fit_weights(
         free: Names of entries whose shapes the caller sees to.
 
     Raises:
-        WeightsError: Entries are missing, unknown, of another shape, or not plain floating point.
+        WeightsError: Entries are missing, unknown, of another shape or kind of number, or no plain tensors.
     """
     try:
         out = filter_fn(state_dict, model) if filter_fn is not None else dict(state_dict)
@@ -164,7 +164,8 @@ def fit_weights(
         if x is None:
             if name not in free:
                 wrong.append(f'{name} is missing')
-        elif x.layout != torch.strided or x.dtype not in _DTYPES or x.device.type != 'cpu':
+        elif x.layout != torch.strided or x.device.type != 'cpu' or x.dtype not in (
+                _DTYPES if target.is_floating_point() else (target.dtype,)):
             wrong.append(f'{name} is {str(x.dtype)[6:]}, {str(x.layout)[6:]}, on {x.device.type}')
         elif x.shape != target.shape and name not in free:
             wrong.append(f'{name} has shape {tuple(x.shape)} instead of {tuple(target.shape)}')
