@@ -274,6 +274,17 @@ def test_reads_the_authors_format(source, wrapper, prefix, tmp_path):
     assert not loaded.pretrained_cfg.get('state_dict')  # the model holds them, once
 
 
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.'])
+@pytest.mark.parametrize('wrapper', ['state_dict', 'model', None])
+def test_filter_takes_what_others_have_read(source, wrapper, prefix):
+    # timm's load_checkpoint(filter_fn=...) and users who have called torch.load
+    model, theirs, _ = source
+    for state_dict in (theirs, model.state_dict()):
+        state_dict = {prefix + k: x for k, x in state_dict.items()}
+        fitted = elsa_swin.checkpoint_filter_fn({wrapper: state_dict, 'epoch': 3} if wrapper else state_dict, model)
+        _assert_same_state(model, fitted)
+
+
 def test_averaged_weights_first(source, tmp_path):
     model, theirs, args = source
     zeros = {k: torch.zeros_like(x) for k, x in theirs.items()}
