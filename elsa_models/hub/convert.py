@@ -192,7 +192,8 @@ def convert(
     fitted = fit_weights(taken, meta, checkpoint_filter_of(meta))
     rows = _trace(taken, fitted, meta)
     rows = [_with_original_name(row, names) for row in rows]
-    rows += [(k, (), ('dropped',)) for k in found.keys() - set(names.values())]
+    kept = set(names.values())
+    rows += [(k, (), ('dropped',)) for k in found if k not in kept]
     model = meta.to_empty(device='cpu')  # without drawing weights that are overwritten at once
     if hasattr(model, 'init_non_persistent_buffers'):
         model.init_non_persistent_buffers()

@@ -265,7 +265,8 @@ def test_publish_then_load_gives_bit_equal_logits(hub, folder, weights, image, m
     assert tree.keys() == {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
     assert f'hf-hub:org/{released.NAME}' in tree['README.md'].decode()
     monkeypatch.delenv('HF_TOKEN')
-    for model in (load(), load(f'hf-hub:org/{released.NAME}'), load(f'hf-hub:org/{released.NAME}@{published.revision}')):
+    repo = f'hf-hub:org/{released.NAME}'
+    for model in (load(), load(repo), load(f'{repo}@{published.revision}')):
         assert torch.equal(model(image), weights(image))
 
 
@@ -315,8 +316,8 @@ def test_publish_refuses(hub, folder, tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match='cannot be read'):
         publish(bad, 'org/x')
     spoilt()
-    safetensors.torch.save_file(
-        {k: x + 1 for k, x in safetensors.torch.load_file(bad / 'model.safetensors').items()}, bad / 'model.safetensors')
+    other = {k: x + 1 for k, x in safetensors.torch.load_file(bad / 'model.safetensors').items()}
+    safetensors.torch.save_file(other, bad / 'model.safetensors')
     with pytest.raises(WeightsError, match='does not give the sha256'):
         publish(bad, 'org/x')
     spoilt()

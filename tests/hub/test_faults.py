@@ -8,16 +8,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import gdown  # noqa: F401
 import pytest
 import released
 from conftest import assert_right, cache_files, load, run_child, start_child
-import gdown  # noqa: F401
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from servers import Fault
 
 from elsa_models.hub import WeightsError, cache, cached_weights, sources
-
 
 SMALL_CHUNKS = '''
 import gdown

@@ -204,7 +204,8 @@ def _spoil(rng, state):
     elif kind == 'empty':
         state[key] = torch.zeros(0)
     elif kind == 'transpose':
-        state[key] = torch.zeros(*reversed(x.shape)) if x.dim() > 1 and x.shape[0] != x.shape[-1] else torch.zeros(1, 1, 1)
+        is_square = x.dim() < 2 or x.shape[0] == x.shape[-1]
+        state[key] = torch.zeros(1, 1, 1) if is_square else torch.zeros(*reversed(x.shape))
     elif kind == 'none':
         state[key] = None
     elif kind == 'text':
@@ -280,16 +281,18 @@ def test_foreign_pickles(world, originals, part):
 
 _VALUES = [
     '../secret', '../secret/model.safetensors', '/etc/passwd', '../../../../etc/passwd', 'file:///etc/passwd',
-    'http://127.0.0.1:9/x', '', 'os.system', '__import__("os")', -1, 0, 10 ** 9, 10 ** 30, 1e308, None, True, [], [10 ** 9],
-    {}, {'a': 1}, 'elsa_swin_tiny', [[[]]], ['x'] * 100, 'hf-hub:a/b', 'local-dir:../secret', {'file': '../secret'},
-    'torch.nn.LayerNorm', '\0', 'x' * 1000, 1.5]
+    'http://127.0.0.1:9/x', '', 'os.system', '__import__("os")', -1, 0, 10 ** 9, 10 ** 30, 1e308, None, True, [],
+    [10 ** 9], {}, {'a': 1}, 'elsa_swin_tiny', [[[]]], ['x'] * 100, 'hf-hub:a/b', 'local-dir:../secret',
+    {'file': '../secret'}, 'torch.nn.LayerNorm', '\0', 'x' * 1000, 1.5]
 _CFG_FIELDS = [
-    'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'custom_load', 'architecture', 'tag', 'input_size',
-    'num_classes', 'classifier', 'first_conv', 'label_offset', 'pool_size', 'fixed_input_size', 'strange']
+    'file', 'url', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict', 'custom_load', 'architecture', 'tag',
+    'input_size', 'num_classes', 'classifier', 'first_conv', 'label_offset', 'pool_size', 'fixed_input_size', 'strange']
 _ARGS = [
-    'img_size', 'depths', 'embed_dim', 'num_heads', 'kernel_size', 'norm_layer', 'device', 'dtype', 'weight_init', 'strange',
-    'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'pretrained_strict', 'features_only',
-    'filter_fn', 'kwargs_filter', 'pruned', 'model_cfg', 'feature_cls', 'scriptable', 'global_pool', 'window_size', 'pretrained']
+    'img_size', 'depths', 'embed_dim', 'num_heads', 'kernel_size', 'norm_layer', 'device', 'dtype', 'weight_init',
+    'strange', 'checkpoint_path', 'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'pretrained_strict',
+    'features_only', 'filter_fn', 'kwargs_filter', 'pruned', 'model_cfg', 'feature_cls', 'scriptable', 'global_pool',
+    'window_size', 'pretrained']
+_TOP = ['architecture', 'num_classes', 'label_names', 'pretrained_cfg', 'model_args', 'x']
 
 
 @pytest.mark.parametrize('part', PARTS)
@@ -312,7 +315,7 @@ def test_hostile_configs(world, originals, weights, tmp_path_factory, part, own_
         elif kind == 'args':
             config.setdefault('model_args', {})[rng.choice(_ARGS)] = value
         elif kind == 'top':
-            config[rng.choice(['architecture', 'num_classes', 'label_names', 'pretrained_cfg', 'model_args', 'x'])] = value
+            config[rng.choice(_TOP)] = value
         elif kind == 'whole':
             config = value
         text = json.dumps(config)
@@ -379,6 +382,6 @@ def test_the_payloads_would_run(tmp_path):
 
 
 def test_conversion_of_hostile_names_stays_in_its_folder(world, weights):
-    conversion = convert(world.folder / 'secret' / 'model.safetensors', ARCHITECTURE)
-    folder = save(conversion, world.inbox / 'out', world.folder / 'secret' / 'model.safetensors', name='../../x', tag='../y')
+    path = world.folder / 'secret' / 'model.safetensors'
+    folder = save(convert(path, ARCHITECTURE), world.inbox / 'out', path, name='../../x', tag='../y')
     assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']

@@ -155,6 +155,21 @@ def test_private_repositories(on_hub, hub_files, weights, monkeypatch):
     assert_right(load(), weights)
 
 
+@pytest.mark.parametrize('changes', [
+    dict(hf_hub_filename='../../../etc/passwd'), dict(hf_hub_filename='/etc/passwd'), dict(custom_load=True),
+    dict(file='/etc/passwd', hf_hub_filename='absent.bin'), dict(custom_load='hf', hf_hub_filename='config.json')])
+def test_a_config_on_a_hub_leads_nowhere_else(on_hub, hub_files, weights, own_world, changes):
+    config = json.loads(hub_files['config.json'])
+    config['pretrained_cfg'].update(changes)
+    on_hub.commit(f'org/{released.NAME}', {'config.json': json.dumps(config).encode()})
+    if changes == dict(custom_load=True):
+        assert_right(load(f'hf-hub:org/{released.NAME}'), weights)
+        return
+    with pytest.raises(WeightsError):
+        load(f'hf-hub:org/{released.NAME}')
+    assert not list(own_world.rglob('passwd'))
+
+
 # settings
 
 
