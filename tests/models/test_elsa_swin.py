@@ -723,7 +723,9 @@ def test_export_with_dynamic_sizes():
         2: torch.export.Dim('height', min=97, max=1024),
         3: torch.export.Dim('width', min=97, max=1024),
     }
-    exported = torch.export.export(model, (x,), dynamic_shapes=(dims,)).module()
+    # what reshapes require of height and width holds for all sizes but is not proven: it is asserted at run time
+    exported = torch.export.export(
+        model, (x,), dynamic_shapes=(dims,), prefer_deferred_runtime_asserts_over_guards=True).module()
     for batch, (height, width) in enumerate(LARGE_SIZES, start=1):
         x = torch.randn(batch, 3, height, width, dtype=torch.float64)
         assert_near(exported(x), model(x), 1e-10)
