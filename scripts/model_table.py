@@ -42,7 +42,7 @@ def _weights(name: str) -> str:
         return f'[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id})'
     if 'volo' in name:
         return 'none released'
-    return cfg.url or "the authors', to download by hand"
+    return f"[the authors', on Google Drive]({cfg.url})"
 
 
 def row(name: str) -> List[str]:

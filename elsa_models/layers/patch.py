@@ -11,10 +11,16 @@ from timm.layers import Format, PatchEmbed, nchw_to, to_2tuple
 from timm.models.swin_transformer import PatchMerging
 
 
+@torch.jit.unused
+def sizes_are_open() -> bool:
+    """Whether sizes are symbols of a graph in the making, whose values must not decide what the graph does."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def pad_map(x: torch.Tensor, H: int, W: int) -> torch.Tensor:
     """Pad maps (B, h, w, C) with zeros to (B, H, W, C)."""
     extra_h, extra_w = H - x.shape[1], W - x.shape[2]
-    if torch.jit.is_scripting() or not torch.compiler.is_compiling():
+    if torch.jit.is_scripting() or not sizes_are_open():
         if extra_h == 0 and extra_w == 0:
             return x  # F.pad would copy
     return F.pad(x, (0, 0, 0, extra_w, 0, extra_h))

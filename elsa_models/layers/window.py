@@ -4,7 +4,7 @@ from typing import Optional, Tuple
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 
-from .patch import pad_map
+from .patch import pad_map, sizes_are_open
 
 torch.fx.wrap('pad_map')
 
@@ -42,7 +42,7 @@ class WindowBlock(SwinTransformerBlock):
     def _uncover(self, x: torch.Tensor, H: int, W: int, shift_h: int, shift_w: int) -> torch.Tensor:
         """Take padding and shift off a map."""
         if not torch.jit.is_scripting():
-            if self.dynamic_mask and torch.compiler.is_compiling():
+            if self.dynamic_mask and sizes_are_open():
                 # a crop is a view, and compiles anew for maps on which it is contiguous
                 rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
                 return x.index_select(1, (rows - shift_h) % H).index_select(2, (columns - shift_w) % W)
@@ -61,8 +61,8 @@ class WindowBlock(SwinTransformerBlock):
         window_h, window_w = self.window_size
         further_h, further_w = (H - 1) // window_h, (W - 1) // window_w
         if not torch.jit.is_scripting():
-            if torch.compiler.is_compiling():
-                return window_h // 2 * torch.sym_min(further_h, 1), window_w // 2 * torch.sym_min(further_w, 1), True
+            if sizes_are_open():
+                return window_h // 2 * _at_most_one(further_h), window_w // 2 * _at_most_one(further_w), True
         shift_h, shift_w = window_h // 2 * min(further_h, 1), window_w // 2 * min(further_w, 1)
         return shift_h, shift_w, shift_h > 0 or shift_w > 0
 
@@ -82,3 +82,9 @@ class WindowBlock(SwinTransformerBlock):
         region = (3 * region_h[:, None] + region_w[None, :]).view(1, H, W, 1)
         region = window_partition(region, self.window_size).view(-1, self.window_area)
         return (region[:, None, :] != region[:, :, None]).to(dtype) * -100.
+
+
+@torch.jit.unused
+def _at_most_one(size: int) -> int:
+    # torch.jit.trace has tensors for sizes
+    return size.clamp(max=1) if isinstance(size, torch.Tensor) else torch.sym_min(size, 1)

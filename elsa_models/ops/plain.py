@@ -36,9 +36,9 @@ def local_attention_plain(
     if dtype == torch.float16 or dtype == torch.bfloat16:
         value, logits = value.float(), logits.float()
     weights = logits.softmax(dim=-1) if normalize else logits
-    symbolic = False  # a width that export leaves open cannot be cut into tiles without conditions on it
+    symbolic = False  # a width that a graph leaves open cannot be cut into tiles without conditions on it
     if not torch.jit.is_scripting():
-        symbolic = isinstance(value.shape[2], torch.SymInt)
+        symbolic = isinstance(value.shape[2], torch.SymInt) or torch.jit.is_tracing()
     if ghost_mul is None and not symbolic:
         y = _tiles(value, weights, kernel_size, dilation)
     else:
