@@ -118,56 +118,94 @@ def backward_rows(
     Args:
         grad_mul, grad_add: (tasks, K * K, C), to which this task adds its sums.
         spread: (pixels, G, K * K); a weight goes to the pixel that it weighs, as the tap that leads back.
-        weights, dots: Room for K * K numbers each.
+        weights, dots: Room for 4 K * K numbers each.
     """
     r, taps = K // 2, K * K
-    zero = total(fill(0., eight))
+    step, sums = d * stride, task * taps * C
     for row in range(*rows):
-        y, step = row % H, d * stride
+        y = row % H
         top, bottom = max(0, r - y // d), min(K, r + (H - 1 - y) // d + 1)
-        for x in range(W):
+        x = 0
+        while x < W:
             p = row * W + x
+            together = r * d <= x and x + 4 + r * d <= W
+            pixels = 4 if together else 1
             left, right = max(0, r - x // d), min(K, r + (W - 1 - x) // d + 1)
             for g in range(G):
-                map_at = (p * G + g) * taps
-                _attend(eight, weights, 0, logits, map_at, taps, normalize)
-                for k in range(taps):
-                    put(dots, k, zero)
+                for q in range(pixels):
+                    _attend(eight, weights, q * taps, logits, ((p + q) * G + g) * taps, taps, normalize)
+                for k in range(pixels * taps):
+                    put(dots, k, total(fill(0., eight)))
                 for c in range(g * (C // G), (g + 1) * (C // G), width(vec)):
-                    upstream = load(grad, p * C + c, vec)
+                    if together:
+                        u0, u1 = load(grad, p * C + c, vec), load(grad, (p + 1) * C + c, vec)
+                        u2, u3 = load(grad, (p + 2) * C + c, vec), load(grad, (p + 3) * C + c, vec)
+                        for i in range(top, bottom):
+                            at = (p + ((i - r) * W - r) * d) * stride + c
+                            for k in range(i * K, (i + 1) * K):
+                                m = k * C + c
+                                v0, v1 = mul(u0, load(value, at, vec)), mul(u1, load(value, at + stride, vec))
+                                v2 = mul(u2, load(value, at + 2 * stride, vec))
+                                v3 = mul(u3, load(value, at + 3 * stride, vec))
+                                if grad_add is not None:
+                                    e = add(add(v0, v1), add(v2, v3))
+                                    store(grad_add, sums + m, add(load(grad_add, sums + m, vec), e))
+                                if ghost_mul is not None:
+                                    e = fma(fill(get(weights, taps + k, vec), vec), v1,
+                                            mul(fill(get(weights, k, vec), vec), v0))
+                                    f = fma(fill(get(weights, 3 * taps + k, vec), vec), v3,
+                                            mul(fill(get(weights, 2 * taps + k, vec), vec), v2))
+                                    store(grad_mul, sums + m, add(load(grad_mul, sums + m, vec), add(e, f)))
+                                    factor = load(ghost_mul, m, vec)
+                                    v0, v1, v2, v3 = mul(v0, factor), mul(v1, factor), mul(v2, factor), mul(v3, factor)
+                                put(dots, k, get(dots, k, vec) + total(v0))
+                                put(dots, taps + k, get(dots, taps + k, vec) + total(v1))
+                                put(dots, 2 * taps + k, get(dots, 2 * taps + k, vec) + total(v2))
+                                put(dots, 3 * taps + k, get(dots, 3 * taps + k, vec) + total(v3))
+                                at += step
+                    else:
+                        u0 = load(grad, p * C + c, vec)
+                        for i in range(top, bottom):
+                            at = (p + ((i - r) * W + left - r) * d) * stride + c
+                            for k in range(i * K + left, i * K + right):
+                                m = k * C + c
+                                v0 = mul(u0, load(value, at, vec))
+                                if grad_add is not None:
+                                    store(grad_add, sums + m, add(load(grad_add, sums + m, vec), v0))
+                                if ghost_mul is not None:
+                                    e = fma(fill(get(weights, k, vec), vec), v0, load(grad_mul, sums + m, vec))
+                                    store(grad_mul, sums + m, e)
+                                    v0 = mul(v0, load(ghost_mul, m, vec))
+                                put(dots, k, get(dots, k, vec) + total(v0))
+                                at += step
+                for q in range(pixels):
+                    own, map_at = q * taps, ((p + q) * G + g) * taps
                     for i in range(top, bottom):
-                        at = (p + ((i - r) * W + left - r) * d) * stride + c
-                        for k in range(i * K + left, i * K + right):
-                            product = mul(upstream, load(value, at, vec))
-                            m = k * C + c
-                            if grad_add is not None:
-                                n = task * taps * C + m
-                                store(grad_add, n, add(load(grad_add, n, vec), product))
-                            if ghost_mul is not None:
-                                n = task * taps * C + m
-                                weighted = fma(fill(get(weights, k, vec), vec), product, load(grad_mul, n, vec))
-                                store(grad_mul, n, weighted)
-                                product = mul(product, load(ghost_mul, m, vec))
-                            put(dots, k, get(dots, k, vec) + total(product))
-                            at += step
-                for i in range(top, bottom):
-                    for j in range(left, right):
-                        k = i * K + j
-                        seen = p + ((i - r) * W + j - r) * d
-                        put(spread, (seen * G + g) * taps + taps - 1 - k, get(weights, k, vec))
-                if normalize:
-                    sums = fill(get(weights, taps - 1, vec) * get(dots, taps - 1, vec) * 0.125, eight)
-                    for k in range(0, taps - 1, 8):
-                        sums = fma(load(weights, k, eight), load(dots, k, eight), sums)
-                    mean = total(sums)
-                    for k in range(0, taps - 1, 8):
-                        e = sub(load(dots, k, eight), fill(mean, eight))
-                        store(grad_logits, map_at + k, mul(load(weights, k, eight), e))
-                    e = get(weights, taps - 1, vec) * (get(dots, taps - 1, vec) - mean)
-                    put(grad_logits, map_at + taps - 1, e)
-                else:
-                    for k in range(taps):
-                        put(grad_logits, map_at + k, get(dots, k, vec))
+                        for j in range(left, right):
+                            k = i * K + j
+                            seen = p + q + ((i - r) * W + j - r) * d
+                            put(spread, (seen * G + g) * taps + taps - 1 - k, get(weights, own + k, vec))
+                    _attend_backward(eight, grad_logits, map_at, weights, dots, own, taps, normalize)
+            x += pixels
+
+
+@_compiled
+def _attend_backward(eight, grad_logits, at, weights, dots, start, taps, normalize):
+    """Gradient of the softmax `weights` for their gradient `dots`; or a copy of that."""
+    many = taps - 1
+    if not normalize:
+        for k in range(taps):
+            put(grad_logits, at + k, get(dots, start + k, eight))
+        return
+    last = get(weights, start + many, eight)
+    sums = fill(0., eight)
+    for k in range(0, many, 8):
+        sums = fma(load(weights, start + k, eight), load(dots, start + k, eight), sums)
+    mean = total(sums) + last * get(dots, start + many, eight)
+    for k in range(0, many, 8):
+        e = sub(load(dots, start + k, eight), fill(mean, eight))
+        store(grad_logits, at + k, mul(load(weights, start + k, eight), e))
+    put(grad_logits, at + many, last * (get(dots, start + many, eight) - mean))
 
 
 def _forward(

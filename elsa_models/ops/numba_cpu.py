@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MISSING = None if importlib.util.find_spec('numba') else 'Numba is not installed (the extra `cpu`)'
 _CHUNK_BYTES = 1 << 23  # of a chunk's attention: what caches may hold
 _SERIAL_PRODUCTS = 1 << 15  # fewer than these are done before another thread has woken
-_BLOCK_PIXELS = 128  # that sum their part of a ghost matrix's gradient in one place
+_BLOCK_PIXELS = 64  # that sum their part of a ghost matrix's gradient in one place
 _WIDTHS = (16, 12, 8, 4, 2, 1)  # of vectors: with four pixels at a time, what registers hold
 
 _lock = threading.Lock()
@@ -84,7 +84,7 @@ def backward(
         tasks = -(-rows // block)
         ga, spread = torch.empty_like(a), torch.empty_like(a)
         sums_mul, sums_add = (None if x is None else x.new_zeros(tasks, taps, C) for x in (mul, add))
-        scratch = a.new_empty(tasks, 2 * taps)
+        scratch = a.new_empty(tasks, 8 * taps)
         _run(
             kernels.backward, kernels.backward_alone, a.numel() * C // a.shape[3], *_vectors(dtype, C // a.shape[3]),
             rows, block, ga, spread, sums_mul, sums_add, g, v, stride, a, mul, scratch,
