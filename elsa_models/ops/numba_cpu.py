@@ -107,7 +107,7 @@ def _by_tap(ghost: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch
 
 
 def _by_channel(grad: Optional[torch.Tensor], ghost: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    return None if grad is None else grad.t().reshape(ghost.shape).to(ghost.dtype)
+    return None if grad is None else grad.t().contiguous().view(ghost.shape).to(ghost.dtype)
 
 
 def _chunks(logits: torch.Tensor, whole: bool = False) -> Iterator[slice]:
