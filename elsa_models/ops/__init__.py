@@ -23,7 +23,8 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _ENV = 'ELSA_BACKEND'
-_BACKENDS: Dict[str, ModuleType] = {'numba': numba_cpu, 'torch': eager}  # in order of preference; 'torch' takes everything
+# in order of preference; 'torch' takes everything
+_BACKENDS: Dict[str, ModuleType] = {'numba': numba_cpu, 'torch': eager}
 _REFERENCE = 'reference'  # no kernel but the formula itself; never chosen unasked
 
 

@@ -21,6 +21,10 @@ def _compiled(function, **options):
         return numba.njit(nogil=True, error_model='numpy', **options)(function)
 
 
+def _parallel(function):
+    return _compiled(function, parallel=True)
+
+
 @_compiled
 def _attend(eight, weights, start, logits, at, taps, normalize):
     """Write the softmax of logits[at:at + taps], or a copy of it, to weights[start:]."""
@@ -61,7 +65,7 @@ def _refine(vec, weight, ghost_mul, ghost_add, at):
 
 
 @_compiled
-def forward_row(
+def _forward_row(
         vec, eight, row, out, value, stride, logits, ghost_mul, ghost_add, weights, H, W, C, G, K, d, normalize):
     """One row of the output; ghost matrices are (K * K, C), `weights` has room for 4 K * K numbers."""
     r, taps = K // 2, K * K
@@ -110,7 +114,7 @@ def forward_row(
 
 
 @_compiled
-def backward_rows(
+def _backward_rows(
         vec, eight, rows, task, grad_logits, spread, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
         weights, dots, H, W, C, G, K, d, normalize):
     """Gradients of the logits and, summed over `rows`, of the ghost matrices; attention for the gradient of `value`.
@@ -122,7 +126,7 @@ def backward_rows(
     """
     r, taps = K // 2, K * K
     step, sums = d * stride, task * taps * C
-    for row in range(*rows):
+    for row in range(rows[0], rows[1]):
         y = row % H
         top, bottom = max(0, r - y // d), min(K, r + (H - 1 - y) // d + 1)
         x = 0
@@ -208,24 +212,48 @@ def _attend_backward(eight, grad_logits, at, weights, dots, start, taps, normali
     put(grad_logits, at + many, last * (get(dots, start + many, eight) - mean))
 
 
-def _forward(
-        vec, eight, rows, out, value, stride, logits, ghost_mul, ghost_add, scratch, room, H, W, C, G, K, d, normalize):
-    for row in numba.prange(rows):
-        forward_row(
-            vec, eight, row, out, value, stride, logits, ghost_mul, ghost_add, scratch + row * room,
-            H, W, C, G, K, d, normalize)
+@_compiled
+def forward(
+        vec, eight, tasks, block, rows, out, value, stride, logits, ghost_mul, ghost_add, scratch, room,
+        H, W, C, G, K, d, normalize):
+    """All rows of the output, `block` rows to a task, for the tasks of the range `tasks`."""
+    for task in range(tasks[0], tasks[1]):
+        for row in range(task * block, min(rows, (task + 1) * block)):
+            _forward_row(
+                vec, eight, row, out, value, stride, logits, ghost_mul, ghost_add, scratch + task * room,
+                H, W, C, G, K, d, normalize)
 
 
-def _backward(
-        vec, eight, rows, block, grad_logits, spread, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
+@_compiled
+def backward(
+        vec, eight, tasks, block, rows, grad_logits, spread, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
         scratch, room, H, W, C, G, K, d, normalize):
-    for task in numba.prange((rows + block - 1) // block):
+    """All gradients that `_backward_rows` makes, `block` rows to a task, for the tasks of the range `tasks`."""
+    for task in range(tasks[0], tasks[1]):
         weights = scratch + task * room
-        backward_rows(
+        _backward_rows(
             vec, eight, (task * block, min(rows, (task + 1) * block)), task, grad_logits, spread, grad_mul, grad_add,
             grad, value, stride, logits, ghost_mul, weights, weights + room // 2, H, W, C, G, K, d, normalize)
 
 
-# rows in parallel, and the same in the thread that calls
-forward, forward_alone = _compiled(_forward, parallel=True), _compiled(_forward)
-backward, backward_alone = _compiled(_backward, parallel=True), _compiled(_backward)
+# the compiled code is kept by name: a function that differs in options alone would be taken for the other
+
+
+@_parallel
+def forward_parallel(
+        vec, eight, tasks, block, rows, out, value, stride, logits, ghost_mul, ghost_add, scratch, room,
+        H, W, C, G, K, d, normalize):
+    for task in numba.prange(tasks[0], tasks[1]):
+        forward(
+            vec, eight, (task, task + 1), block, rows, out, value, stride, logits, ghost_mul, ghost_add, scratch, room,
+            H, W, C, G, K, d, normalize)
+
+
+@_parallel
+def backward_parallel(
+        vec, eight, tasks, block, rows, grad_logits, spread, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
+        scratch, room, H, W, C, G, K, d, normalize):
+    for task in numba.prange(tasks[0], tasks[1]):
+        backward(
+            vec, eight, (task, task + 1), block, rows, grad_logits, spread, grad_mul, grad_add, grad, value, stride,
+            logits, ghost_mul, scratch, room, H, W, C, G, K, d, normalize)

@@ -8,8 +8,7 @@ Half precisions pass through float32, one chunk of samples at a time.
 import importlib.util
 import os
 import threading
-from types import ModuleType
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 
@@ -55,7 +54,8 @@ def forward(
         if out.dtype == dtype:
             _aggregate(out[chunk], v, a, mul, add, kernel_size, dilation, normalize)
         else:
-            out[chunk] = _aggregate(torch.empty_like(out[chunk], dtype=dtype), v, a, mul, add, kernel_size, dilation, normalize)
+            y = torch.empty_like(out[chunk], dtype=dtype)
+            out[chunk] = _aggregate(y, v, a, mul, add, kernel_size, dilation, normalize)
     return out
 
 
@@ -70,7 +70,6 @@ def backward(
         normalize: bool,
 ) -> Grads:
     """Gradients of value, logits, ghost_mul and ghost_add (None where that is None) for the output's `grad`."""
-    from . import _numba_kernels as kernels
     dtype, taps = _compute_dtype(value), kernel_size ** 2
     mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
     turned_mul, turned_add = (None if x is None else x.flip(0) for x in (mul, add))
@@ -80,15 +79,15 @@ def backward(
     for chunk in _chunks(logits):
         g, v, a = grad[chunk].to(dtype).contiguous(), value[chunk].to(dtype), logits[chunk].to(dtype).contiguous()
         v, stride = _with_pixel_stride(v)
-        rows, block = a.shape[0] * H, max(1, _BLOCK_PIXELS // W)
+        G, rows, block = a.shape[3], a.shape[0] * H, max(1, _BLOCK_PIXELS // W)
         tasks = -(-rows // block)
         ga, spread = torch.empty_like(a), torch.empty_like(a)
         sums_mul, sums_add = (None if x is None else x.new_zeros(tasks, taps, C) for x in (mul, add))
         scratch = a.new_empty(tasks, 8 * taps)
         _run(
-            kernels.backward, kernels.backward_alone, a.numel() * C // a.shape[3], *_vectors(dtype, C // a.shape[3]),
-            rows, block, ga, spread, sums_mul, sums_add, g, v, stride, a, mul, scratch,
-            scratch.stride(0) * scratch.element_size(), H, W, C, a.shape[3], kernel_size, dilation, normalize)
+            'backward', a.numel() * C // G, *_vectors(dtype, C // G), (0, tasks), block, rows,
+            ga, spread, sums_mul, sums_add, g, v, stride, a, mul, scratch, scratch.stride(0) * scratch.element_size(),
+            H, W, C, G, kernel_size, dilation, normalize)
         grad_logits[chunk] = ga
         for total, sums in ((grad_mul, sums_mul), (grad_add, sums_add)):
             if total is not None:
@@ -136,13 +135,12 @@ def _aggregate(
         d: int,
         normalize: bool,
 ) -> torch.Tensor:
-    from . import _numba_kernels as kernels
     B, H, W, C = value.shape
     G = logits.shape[3]
     value, stride = _with_pixel_stride(value)
     scratch = logits.new_empty(B * H, 4 * K * K)
     _run(
-        kernels.forward, kernels.forward_alone, logits.numel() * C // G, *_vectors(value.dtype, C // G), B * H,
+        'forward', logits.numel() * C // G, *_vectors(value.dtype, C // G), (0, B * H), 1, B * H,
         out, value, stride, logits.contiguous(), mul, add, scratch, scratch.stride(0) * scratch.element_size(),
         H, W, C, G, K, d, normalize)
     return out
@@ -158,17 +156,19 @@ def _vectors(dtype: torch.dtype, channels: int):
     return Vector(scalar, width), Vector(scalar, 8)
 
 
-def _run(parallel: Callable, alone: Callable, products: int, *args) -> None:
+def _run(kernel: str, products: int, *args) -> None:
     """Call a kernel with tensors as addresses, on as many threads as PyTorch has."""
     global _parallel_pid
     import numba
+
+    from . import _numba_kernels as kernels
     addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     forked = _parallel_pid not in (None, os.getpid())  # the threads stayed with the parent
     if threads == 1 or forked or products < _SERIAL_PRODUCTS:
-        alone(*addresses)
+        getattr(kernels, kernel)(*addresses)
         return
     with _lock:  # Numba's simplest pool of threads serves one caller at a time
         _parallel_pid = os.getpid()
         numba.set_num_threads(threads)
-        parallel(*addresses)
+        getattr(kernels, f'{kernel}_parallel')(*addresses)
