@@ -12,9 +12,8 @@ import json
 import sys
 from typing import List, Optional
 
-from elsa_models.hub import WeightsError
+from elsa_models.hub import OutputError, WeightsError
 from elsa_models.hub.convert import KINDS, convert, save
-from elsa_models.training import OutputError
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -10,11 +10,11 @@ import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
+from .._files import replace_folder
 from ..macs import count_macs
 from ..models import warm_start
 from ..models._checkpoint import WeightsError, fit_weights, read_checkpoint, unwrap
-from ..models.elsa_swin import ElsaSwin, _convert_authors
-from ..training.files import replace_folder
+from ..models.elsa_swin import ElsaSwin, convert_authors, is_authors
 from .cache import sha256_of
 from .resolve import checkpoint_filter_of
 
@@ -65,15 +65,15 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _trace(found: Dict[str, torch.Tensor], fitted: Dict[str, torch.Tensor], model: nn.Module) -> List[Row]:
     """Follow each entry of a file through renaming alone, together with the one entry that its meaning hangs on."""
-    is_authors = any(k.endswith('.attn.post_proj.weight') for k in found)
+    of_authors = is_authors(found)
     rows, reached = [], set()
     for key, x in found.items():
         renamed = {key: x}
-        if is_authors:
+        if of_authors:
             table = key.rpartition('.pre_proj.')[0] + '.rb'
             company = {table: found[table]} if '.attn.pre_proj.' in key and table in found else {}
-            renamed = _convert_authors({**company, key: x})
-            for k in _convert_authors(company):
+            renamed = convert_authors({**company, key: x})
+            for k in convert_authors(company):
                 renamed.pop(k, None)
         targets = tuple(k for k in renamed if k in fitted)
         reached.update(targets)
@@ -164,7 +164,7 @@ def convert(
             torch.manual_seed(0)
             model = timm.create_model(architecture, **model_args)
         try:
-            report = warm_start(model, path)
+            report = warm_start(model, path, use_ema)
         except (ValueError, RuntimeError) as e:
             raise WeightsError(f'{path}: {e}') from e
         rows = [(k, (k,), ('same',)) for k in report.copied]
@@ -180,7 +180,7 @@ def convert(
     if kind == 'backbone':
         names = _take_backbone(found)
         summary = 'The backbone of a detection or segmentation model, without classifier.'
-    elif any(k.endswith('.attn.post_proj.weight') for k in found):
+    elif is_authors(found):
         summary = 'From a checkpoint of the ELSA authors\' training code.'
     else:
         summary = 'From a checkpoint of a training with this package.'

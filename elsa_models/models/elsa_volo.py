@@ -720,8 +720,7 @@ def _create_elsa_volo(variant: str, pretrained: bool = False, **kwargs) -> ElsaV
         variant,
         pretrained,
         filter_fn=checkpoint_filter_fn,
-        no_weights='none of ELSA-VOLO were ever released. Copy what a VOLO of timm shares with it, '
-                   'elsa_models.warm_start(model, \'volo_d1_224.sail_in1k\') for D1',
+        relative=None if variant.startswith('test_') else f'{variant.removeprefix("elsa_")}.sail_in1k',
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )

@@ -1,7 +1,7 @@
 """What the training script needs and timm does not have: recipe, data, loop, figures, and the run that joins them."""
+from .._files import OutputError, replace_folder
 from .config import Recipe, RecipeError, add_arguments, load_recipe
 from .data import DataError, LabelledImages, create_loaders, load_splits
-from .files import OutputError, replace_folder
 from .run import Result, run
 
 __all__ = [

@@ -10,8 +10,8 @@ from timm.utils.misc import natural_key
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from .._extras import require
 from .config import Recipe
-from .extras import require
 
 
 class DataError(ValueError):

@@ -14,8 +14,8 @@ from timm.task.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from torch.utils.data import DataLoader
 
+from .._extras import require
 from .config import Recipe, RecipeError
-from .extras import require
 
 
 def create_optimizer(

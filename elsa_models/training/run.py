@@ -10,12 +10,12 @@ from timm.data import resolve_input_data_config
 from timm.models import save_for_hf
 from timm.utils import random_seed
 
+from .._extras import require
+from .._files import check_replaceable, replace_folder
 from ..export import export_onnx
 from ..layers import ElsaAttention
 from .config import Recipe, RecipeError
 from .data import create_loaders, load_splits
-from .extras import require
-from .files import check_replaceable, replace_folder
 from .loop import fit, predict
 
 _logger = logging.getLogger(__name__)

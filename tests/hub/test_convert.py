@@ -17,11 +17,10 @@ from helpers import DATA, keyed_input, keyed_state_dict, max_error, to_authors
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.volo import VOLO
 
-from elsa_models.hub import WeightsError
+from elsa_models.hub import OutputError, WeightsError
 from elsa_models.hub.convert import check_folder, convert, save
 from elsa_models.hub.publish import publish
 from elsa_models.macs import count_macs
-from elsa_models.training import OutputError
 
 SCRIPTS = Path(__file__).parents[2] / 'scripts'
 ARCHITECTURE = released.NAME.partition('.')[0]
@@ -175,6 +174,14 @@ def test_relatives_become_a_warm_start(tmp_path, architecture, relative, kwargs)
     assert_right(again.model, conversion.model)
 
 
+def test_averaged_weights_of_relatives(tmp_path):
+    other = SwinTransformer(img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=2)
+    averaged = {k: x + 1 for k, x in other.state_dict().items()}
+    path = _write(tmp_path / 'x', dict(other.state_dict()), state_dict_ema=averaged)
+    assert torch.equal(convert(path, 'test_elsa_swin').model.norm.weight, averaged['norm.weight'])
+    assert torch.equal(convert(path, 'test_elsa_swin', use_ema=False).model.norm.weight, other.norm.weight)
+
+
 # the folder
 
 
@@ -227,8 +234,12 @@ def test_arguments_of_convert(tmp_path, argument, kwargs):
 def test_another_architecture_is_an_error(tmp_path, weights):
     path = _write(tmp_path / 'x', to_authors(weights.state_dict()))
     for architecture in ('test_elsa_swin', 'elsa_swin_tiny', 'test_elsa_volo'):
-        with pytest.raises(WeightsError, match='does not fit'):
+        with pytest.raises(WeightsError, match='does not fit') as e:
             convert(path, architecture)
+        assert len(str(e.value)) < 1200
+    few = {k: x for k, x in to_authors(weights.state_dict()).items() if not k.startswith(('layers.', 'head.'))}
+    with pytest.raises(WeightsError, match=r'has 6 of the \d+ entries, and 0 others\. Missing \(\d+\): layers\.0\.'):
+        convert(_write(tmp_path / 'y', few), ARCHITECTURE, kind='weights')
     torch.save(_detector(weights), path)
     with pytest.raises(WeightsError, match='has the entries of an ELSA-Swin'):
         convert(path, 'test_elsa_volo')

@@ -1,5 +1,6 @@
 """Where `pretrained=True` finds weights: the cache, a hub, Google Drive; and what it says when it does not."""
 import json
+import re
 import sys
 
 import pytest
@@ -32,15 +33,30 @@ def test_listings_tell_the_truth():
             assert cfg.hf_hub_id is None  # they are on no hub
 
 
-@pytest.mark.parametrize('name, source', [
-    ('elsa_volo_d1_224', 'volo_d1_224.sail_in1k'), ('test_elsa_volo', 'volo_d1_224.sail_in1k'),
-    ('test_elsa_swin', 'swin_tiny_patch4_window7_224.ms_in1k')])
-def test_without_weights_the_error_says_so_and_names_the_warm_start(name, source):
-    with pytest.raises(WeightsError) as e:
+@pytest.mark.parametrize('name', timm.list_models('elsa_volo*'))
+def test_without_weights_the_error_says_so_and_names_the_warm_start(name):
+    with pytest.raises(WeightsError, match='none were ever released') as e:
         load(name)
-    assert 'were ever released' in str(e.value)
-    assert f'elsa_models.warm_start(model, \'{source}\')' in str(e.value)
-    assert callable(elsa_models.warm_start) and timm.is_model_pretrained(source)
+    source = str(e.value).partition('elsa_models.warm_start(model, \'')[2].partition('\'')[0]
+    assert timm.is_model_pretrained(source)
+    # it fits: all but the local attention is of the same name and shape
+    own, other = (timm.create_model(n, device='meta').state_dict() for n in (name, source.partition('.')[0]))
+    shared = [k for k in own if not re.match(r'network\.0\.\d+\.attn', k)]
+    assert all(k in other and own[k].shape == other[k].shape for k in shared)
+
+
+@pytest.mark.parametrize('name', ['test_elsa_swin', 'test_elsa_volo'])
+def test_where_nothing_would_fit_nothing_is_advised(name):
+    with pytest.raises(WeightsError, match='none were ever released. Use pretrained=False.$'):
+        load(name)
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
+def test_a_swin_without_weights_names_its_relative(size):
+    source = f'swin_{size}_patch4_window7_224.ms_in1k'
+    with pytest.raises(WeightsError, match=f"warm_start\\(model, '{source}'\\)"):
+        load(f'elsa_swin_{size}', pretrained_cfg_overlay=dict(url=None))
+    assert timm.is_model_pretrained(source)
 
 
 # the order
@@ -228,7 +244,7 @@ def test_the_error_says_what_was_tried_why_it_failed_and_what_helps(hub, drive_s
     assert lines[2].startswith(f'  the hub repository org/{released.NAME}: RepositoryNotFoundError: 401')
     assert lines[3] == f'  the authors\' file on Google Drive, {released.FILE_ID}: gdown is not installed'
     assert lines[4] == 'What helps:'
-    assert lines[5].startswith('  hf auth login') and lines[6] == '  pip install \'elsa_models[hub]\''
+    assert lines[5].startswith('  hf auth login') and lines[6] == '  pip install \'.[hub]\' in a clone of elsa_models'
     assert f'https://drive.google.com/file/d/{released.FILE_ID}/view' in lines[7] and 'dict(file=\'PATH\')' in lines[7]
     assert len(lines) == 8
 
@@ -316,3 +332,13 @@ def test_load_weights_into_a_model(weights, authors_file, tmp_path, image):
         load_weights(torch.nn.Linear(2, 2), path)
     with pytest.raises(FileNotFoundError):
         load_weights(model, tmp_path / 'absent')
+
+
+def test_warm_start_by_name_without_a_network(monkeypatch):
+    model = timm.create_model('test_elsa_volo')
+    before = {k: x.clone() for k, x in model.state_dict().items()}
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    for name in ('test_vit.r160_in1k', 'hf-hub:timm/test_vit.r160_in1k'):
+        with pytest.raises(WeightsError, match=f"^source: '{name}' could not be had.*unset HF_HUB_OFFLINE"):
+            elsa_models.warm_start(model, name)
+    assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
