@@ -1,5 +1,6 @@
 """Conversion of every kind of checkpoint, what the folder holds, and the way to a hub and back."""
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -182,6 +183,27 @@ def test_averaged_weights_of_relatives(tmp_path):
     assert torch.equal(convert(path, 'test_elsa_swin', use_ema=False).model.norm.weight, other.norm.weight)
 
 
+def test_licence_and_labels_are_those_of_the_file(tmp_path, weights):
+    model = timm.create_model(ARCHITECTURE, num_classes=2)
+    mine = tmp_path / 'mine'
+    timm.models.save_for_hf(model, mine, model_config=dict(label_names=['cat', 'dog']), safe_serialization=True)
+    path = mine / 'model.safetensors'
+    folder = save(convert(path, ARCHITECTURE), tmp_path / 'out', path)
+    config, card = json.loads((folder / 'config.json').read_text()), (folder / 'README.md').read_text()
+    assert config['pretrained_cfg']['label_names'] == ['cat', 'dog'] or config['label_names'] == ['cat', 'dog']
+    assert config['pretrained_cfg']['license'] == 'unknown' and not config['pretrained_cfg'].get('origin_url')
+    assert 'license: unknown' in card and 'github.com' not in card and '2112.12786' in card
+    save(convert(path, ARCHITECTURE), folder, path, license='cc-by-4.0')
+    assert 'license: cc-by-4.0' in (folder / 'README.md').read_text()
+    for text in ('{', '[]', '{"label_names": [1, 2]}', '{"label_names": ["a"]}'):
+        (mine / 'config.json').write_text(text)
+        assert convert(path, ARCHITECTURE).label_names is None
+    path = _write(tmp_path / 'authors', to_authors(weights.state_dict()))
+    folder = save(convert(path, ARCHITECTURE), tmp_path / 'theirs', path)
+    assert 'the authors\' is at https://github.com/damo-cv/ELSA' in (folder / 'README.md').read_text()
+    assert json.loads((folder / 'config.json').read_text())['pretrained_cfg']['license'] == 'mit'
+
+
 # the folder
 
 
@@ -294,10 +316,17 @@ def test_publish_to_a_private_repository_and_a_branch(hub, folder, weights, monk
         load('hf-hub:me/mine@v1', cache_dir=folder.parent / 'empty')
 
 
-def test_dry_run_sends_nothing(hub, folder):
+def test_dry_run_sends_nothing_and_says_what_would_be_sent(hub, folder, monkeypatch):
     published = publish(folder, 'org/x', dry_run=True, revision='v1')
     assert not hub.requests and published.revision == 'v1'
     assert [line.split()[0] for line in published.files] == ['README.md', 'config.json', 'model.safetensors']
+    monkeypatch.setenv('HF_TOKEN', 'hf_right')
+    sent = publish(folder, 'org/x')
+    assert sent.files == published.files
+    tree = hub.repos['org/x']['commits'][sent.revision]
+    for line in sent.files:
+        name, size, digest = line.split()
+        assert (int(size), digest) == (len(tree[name]), hashlib.sha256(tree[name]).hexdigest())
 
 
 def test_publish_refuses(hub, folder, tmp_path, monkeypatch):

@@ -654,8 +654,9 @@ def test_checkpointing_changes_nothing():
 
 
 SIZES = [(64, 64), (96, 64), (47, 65), (33, 130), (70, 31), (128, 128)]
-# more than one window in the last stage: compilers take sizes of one for constants
+# more than one window in the last stage on both sides, on one, on none
 LARGE_SIZES = [(128, 128), (160, 128), (97, 225), (231, 130), (144, 100), (320, 192)]
+SMALL_SIZES = [(64, 64), (65, 70), (96, 80), (48, 112), (71, 83), (128, 64)]
 
 
 def test_compile_takes_all_sizes(fresh_compiler):
@@ -667,10 +668,11 @@ def test_compile_takes_all_sizes(fresh_compiler):
         return graph
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
-    for batch, (height, width) in zip((2, 4, 5, 2, 3, 6), LARGE_SIZES, strict=True):
-        x = torch.randn(batch, 3, height, width, dtype=torch.float64)
+    # a square first would make a graph for squares
+    for i, (height, width) in enumerate(LARGE_SIZES[2:] + LARGE_SIZES[:2] + SMALL_SIZES):
+        x = torch.randn((2, 4, 5, 2, 3, 6)[i % 6], 3, height, width, dtype=torch.float64)
         assert_near(compiled(x), model(x), 1e-10)
-    assert 1 <= len(graphs) <= 2  # squares, and the rest
+    assert 1 <= len(graphs) <= 2  # one window in the last stage, and several
     calls = [str(node.target) for node in graphs[0].graph.nodes if 'local_attention' in str(node.target)]
     assert len(calls) == sum(isinstance(m, elsa_models.ElsaAttention) for m in model.modules())
 
@@ -729,6 +731,18 @@ def test_export_with_dynamic_sizes():
     for batch, (height, width) in enumerate(LARGE_SIZES, start=1):
         x = torch.randn(batch, 3, height, width, dtype=torch.float64)
         assert_near(exported(x), model(x), 1e-10)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_empty_batch(dynamic):
+    model = _test_model(dynamic_img_size=dynamic, depths=(1, 1, 1, 2)).train()
+    x = torch.zeros(0, 3, 64, 64, requires_grad=True)
+    y = model(x)
+    assert y.shape == (0, 7)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    traced = torch.fx.symbolic_trace(model.eval()) if not dynamic else torch.jit.script(model.eval())
+    assert traced(x.detach()).shape == (0, 7)
 
 
 # life as a timm model

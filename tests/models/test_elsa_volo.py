@@ -324,7 +324,7 @@ def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
 
 @pytest.mark.parametrize('name', ['elsa_volo_d1_224', 'test_elsa_volo'])
 def test_pretrained_says_that_there_are_no_weights(name):
-    with pytest.raises(RuntimeError, match=rf'{name}.*none of ELSA-VOLO were ever released.*warm_start'):
+    with pytest.raises(RuntimeError, match=rf'{name}.*none were ever released'):
         create_model(name, pretrained=True)
 
 
@@ -704,8 +704,8 @@ def test_exported_model_takes_any_size():
 
 
 def test_onnx_has_no_col2im(tmp_path):
-    onnx, onnxruntime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
+    import onnx
+    import onnxruntime
     model = small(img_size=(37, 53))
     x = torch.randn(2, 3, 37, 53)
     path = str(tmp_path / 'model.onnx')
