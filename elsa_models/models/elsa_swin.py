@@ -11,11 +11,12 @@ from typing import Any, Dict, Optional, Sequence, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, to_ntuple
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models.swin_transformer import SwinTransformer, resolve_stage_window_sizes
+from timm.models.swin_transformer import SwinTransformer
 
 from ..layers import ElsaBlock, PaddedPatchEmbed, PaddedPatchMerging, WindowBlock
+from ..layers.arguments import pair, per_stage, whole_number
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 
 __all__ = ['ElsaSwin']  # model_registry will add each entrypoint fn to this
@@ -153,6 +154,9 @@ class ElsaSwin(SwinTransformer):
             drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
             norm_layer: Normalisation layer.
             weight_init: Weight init mode, 'skip' to leave it out.
+
+        Raises:
+            ValueError: An argument is none of those above.
         """
         nn.Module.__init__(self)  # every part that SwinTransformer.__init__ would build is built here
         dd = {'device': device, 'dtype': dtype}
@@ -164,10 +168,16 @@ class ElsaSwin(SwinTransformer):
         if len(local_stages) != num_stages:
             raise ValueError(
                 f'local_stages: got {len(local_stages)} values, must be one for each of {num_stages} stages.')
-        kernel_size = to_ntuple(num_stages)(kernel_size)
-        dilation = to_ntuple(num_stages)(dilation)
-        mlp_ratio = to_ntuple(num_stages)(mlp_ratio)
-        window_size = resolve_stage_window_sizes(window_size, num_stages)
+        kernel_size = per_stage('kernel_size', kernel_size, num_stages)
+        dilation = per_stage('dilation', dilation, num_stages)
+        mlp_ratio = per_stage('mlp_ratio', mlp_ratio, num_stages)
+        is_list = isinstance(window_size, (list, tuple))
+        if not is_list or len(window_size) == 2 and not isinstance(window_size[0], (list, tuple)):
+            window_size = (pair('window_size', window_size),) * num_stages
+        window_size = tuple([pair('window_size', w) for w in per_stage('window_size', window_size, num_stages)])
+        embed_dim = whole_number('embed_dim', embed_dim)
+        depths = tuple([whole_number('depths', d) for d in depths])
+        patch_size = pair('patch_size', patch_size)
         strict_img_size = strict_img_size and not dynamic_img_size
         self.dynamic_img_size = not strict_img_size
         self.num_classes = num_classes
@@ -233,7 +243,7 @@ class ElsaSwin(SwinTransformer):
                     for j, rate in enumerate(drop_path[i])]
             layers.append(ElsaSwinStage(downsample, blocks, resolution))
             resolution = output_resolution
-            reduction = max(to_2tuple(patch_size)) * 2 ** i
+            reduction = max(patch_size) * 2 ** i
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f'layers.{i}'))
         self.layers = nn.Sequential(*layers)
 

@@ -14,6 +14,8 @@ from .._extras import require
 from .._files import check_replaceable, replace_folder
 from ..export import export_onnx
 from ..layers import ElsaAttention
+from ..models._checkpoint import read_checkpoint, unwrap
+from ..models.elsa_swin import is_authors
 from .config import Recipe, RecipeError
 from .data import create_loaders, load_splits
 from .loop import fit, predict
@@ -86,7 +88,7 @@ def run(recipe: Recipe) -> Result:
         (temporary / RECIPE).write_text(recipe.to_yaml(), encoding='utf-8')
         task, metrics = fit(recipe, model, train_loader, val_loader, device, temporary / LOG)
         model.eval()
-        save_model(model, temporary / MODEL, splits.class_names, data_config)
+        save_model(model, temporary / MODEL, splits.class_names, data_config, keeps_licence(recipe))
         _logger.info('saved the model; loaded it again, logits are equal')
         if recipe.onnx:
             export_onnx(model, temporary / ONNX)
@@ -132,11 +134,19 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
         raise RecipeError(f'model: {recipe.model!r} with model_args {recipe.model_args} is not possible. {e}') from e
 
 
+def keeps_licence(recipe: Recipe) -> bool:
+    """Whether a run starts from the weights that the model's cfg describes: its own, or the authors' file."""
+    if recipe.checkpoint is not None:
+        return is_authors(unwrap(read_checkpoint(recipe.checkpoint)))
+    return recipe.pretrained
+
+
 def save_model(
         model: nn.Module,
         folder: Union[str, Path],
         class_names: List[str],
         data_config: Dict[str, Any],
+        keep_licence: bool = False,
 ) -> None:
     """Save weights as safetensors beside timm's config.json, and see that they load to an equal model.
 
@@ -145,14 +155,18 @@ def save_model(
         folder: Folder to create.
         class_names: Name of each output.
         data_config: Preprocessing, as `timm.data.resolve_data_config` returns it.
+        keep_licence: Whether the weights come from those of the model's cfg, whose licence is theirs then.
 
     Raises:
         RuntimeError: The model that was loaded again computes other logits.
     """
+    origin = dict(tag=None, origin_url=None)  # these weights are the user's
+    if not keep_licence:
+        origin['license'] = None
     save_for_hf(
         model,
         str(folder),
-        model_config=dict(label_names=list(class_names)),
+        model_config=dict(label_names=list(class_names), pretrained_cfg=origin),
         safe_serialization=True,
         data_config=data_config,
     )

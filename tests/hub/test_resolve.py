@@ -11,7 +11,8 @@ import torch
 from conftest import assert_right, cache_files, load, point_to, run_child
 
 import elsa_models
-from elsa_models.hub import WeightsError, cache_root, cached_weights, load_weights
+from elsa_models.hub import WeightsError, cache, cache_root, cached_weights, load_weights
+from elsa_models.models._checkpoint import fit_weights
 
 SWINS = ['elsa_swin_base.damo_in1k', 'elsa_swin_small.damo_in1k', 'elsa_swin_tiny.damo_in1k']
 DRIVE_IDS = {
@@ -342,3 +343,59 @@ def test_warm_start_by_name_without_a_network(monkeypatch):
         with pytest.raises(WeightsError, match=f"^source: '{name}' could not be had.*unset HF_HUB_OFFLINE"):
             elsa_models.warm_start(model, name)
     assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
+
+
+# guards, each by itself
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda s: s.update({'norm.bias': torch.zeros(3)}), r'norm\.bias has shape \(3,\) instead of \(64,\)'),
+    (lambda s: s.update({'norm.bias': torch.zeros(64, dtype=torch.int64)}), 'norm.bias is int64, strided, on cpu'),
+    (lambda s: s.update({'norm.bias': torch.zeros(64).to_sparse()}), 'norm.bias is float32, sparse_coo, on cpu'),
+    (lambda s: s.update({'norm.bias': torch.zeros(64, device='meta')}), 'norm.bias is float32, strided, on meta'),
+    (lambda s: s.update({'norm.other': torch.zeros(64)}), r'does not fit ElsaSwin: norm\.other is unknown'),
+    (lambda s: s.pop('norm.bias'), r'does not fit ElsaSwin: norm\.bias is missing'),
+], ids=['shape', 'dtype', 'layout', 'device', 'unknown', 'missing'])
+def test_what_does_not_fit_is_named(weights, spoil, words):
+    state = dict(weights.state_dict())
+    assert fit_weights(state, weights, None) == state
+    spoil(state)
+    with pytest.raises(WeightsError, match=words):
+        fit_weights(state, weights, None)
+
+
+def test_errors_of_filters_are_errors_about_weights(weights):
+    with pytest.raises(WeightsError, match=r'does not fit ElsaSwin \(KeyError: \'x\'\)'):
+        fit_weights({}, weights, lambda state, model: state['x'])
+
+
+@pytest.mark.parametrize('args, words', [
+    (dict(norm_layer='torch.nn.LayerNorm'), 'model_args names \'norm_layer\''),
+    (dict(strange=1), 'model_args names \'strange\''),
+    (dict(dtype='float16'), 'model_args names \'dtype\''),
+    (dict(depths=[10 ** 9]), r'has depths = '),
+    (dict(embed_dim={'a': 1}), 'has embed_dim = '),
+    (dict(depths=[1]), r'cannot be built from its config\.json and the arguments given \(ValueError: num_heads'),
+])
+def test_bad_arguments_in_a_config_json(hub_files, tmp_path, args, words):
+    for name, data in hub_files.items():
+        (tmp_path / name).write_bytes(data)
+    config = json.loads(hub_files['config.json'])
+    config['model_args'] = {**config.get('model_args', {}), **args}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=words):
+        load(f'local-dir:{tmp_path}')
+
+
+def test_the_cache_is_asked_again_under_the_lock(on_drive, weights, monkeypatch):
+    load()
+    on_drive.requests.clear()
+    find, asked = cache.CacheEntry.find, []
+
+    def not_yet(self):  # another process fills the cache between the first look and the lock
+        asked.append(self)
+        return find(self) if len(asked) > 1 else None
+
+    monkeypatch.setattr(cache.CacheEntry, 'find', not_yet)
+    assert_right(load(), weights)
+    assert not on_drive.requests and len(asked) == 2
