@@ -11,7 +11,7 @@ def _without_empty(x: torch.Tensor) -> torch.Tensor:
     """Maps (B, H, W, C), or one of zeros in place of none, on which timm's attention fails."""
     if torch.jit.is_scripting() or not sizes_are_open():
         if x.shape[0] == 0:
-            return x.new_zeros([1, x.shape[1], x.shape[2], x.shape[3]])
+            return torch.cat([x, x.new_zeros([1, x.shape[1], x.shape[2], x.shape[3]])])  # on the way of gradients
     return x
 
 

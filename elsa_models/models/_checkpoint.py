@@ -12,6 +12,8 @@ from timm.layers import resample_abs_pos_embed_nhwc, resample_patch_embed, resiz
 from timm.models import PretrainedCfg, build_model_with_cfg, clean_state_dict, load_state_dict
 from timm.models._builder import resolve_pretrained_cfg
 
+from ..layers.arguments import pair, whole_number
+
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder or repository, the first that exists
 _CONFIG_SOURCES = ('hf-hub', 'local-dir')  # of cfgs that timm read from a config.json
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -303,6 +305,8 @@ def build_model(
     use_ema = overlay.pop('use_ema', True)
     source = pretrained_cfg.get('source') if isinstance(pretrained_cfg, dict) else None
     with _blaming_config(variant, source):
+        if (size := kwargs.get('img_size')) is not None:  # timm reads it before the model does
+            kwargs['img_size'] = (pair if isinstance(size, (list, tuple)) else whole_number)('img_size', size)
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
         if source in _CONFIG_SOURCES:
             _check_config(model_cls, kwargs.get('pretrained_model_args') or {}, cfg)

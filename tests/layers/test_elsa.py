@@ -303,7 +303,7 @@ def test_reset_parameters_draws_anew():
     (r'^kernel_size: got 5\.0, must be a whole number', dict(kernel_size=5.)),
     (r'^kernel_size: got \(3, 5\), must be a whole number', dict(kernel_size=(3, 5))),
     (r'^dilation: got 1\.0, must', dict(dilation=1.)),
-    (r'^dim: got 24\.0, must', dict(dim=24.)),
+    (r'^value_dim: got 24\.0, must', dict(value_dim=24.)),
 ], ids=lambda x: x[1:18] if isinstance(x, str) else None)
 def test_bad_arguments_are_named(message, kwargs):
     args = dict(dim=24, num_heads=3, kernel_size=3, group_width=4)
