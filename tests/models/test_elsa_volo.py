@@ -534,7 +534,7 @@ def test_mix_token_refuses_a_batch_of_one():
 def test_dense_labels_of_the_wrong_grid_are_refused(shape):
     out = small().forward_train(torch.randn(2, 3, 64, 64))
     dense = torch.zeros(shape, dtype=torch.long if len(shape) == 3 else torch.float)
-    with pytest.raises(ValueError, match=r'dense_target: got shape \(.*\) of (int64|float32), must be \(2, 8, 8\) class'):
+    with pytest.raises(ValueError, match=r'dense_target: got shape \(.*\) of (int64|float32), must be \(2, 8, 8\)'):
         token_label_loss(out, torch.tensor([0, 1]), dense)
 
 
