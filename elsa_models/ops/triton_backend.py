@@ -21,7 +21,7 @@ _HAS_TRITON = importlib.util.find_spec('triton') is not None
 _MIN_CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports
 
 _BLOCK_CHANNELS = 64  # channels of a head that one program takes at most
-_REGISTERS = 96  # numbers of one block that a thread holds at most: of 255 registers, and blocks come in pairs
+_NUMBERS = 16  # of one block that a thread holds: with more, machine code for sm_90 spills registers
 _PROGRAMS_PER_SM = 8  # that sum ghost gradients: enough to fill it, few enough that their partial sums stay small
 _TIMED_LAUNCHES = 7
 
@@ -32,8 +32,8 @@ class Blocks(NamedTuple):
     warps: int
 
 
-# candidates, the first of which serves untimed
-_CANDIDATES = (Blocks(64, 4), Blocks(128, 4), Blocks(64, 2), Blocks(32, 1), Blocks(256, 8))
+_CANDIDATES = (Blocks(64, 4), Blocks(64, 8), Blocks(32, 4), Blocks(128, 8))  # the first that fits serves untimed
+_WIDE = Blocks(16, 8)  # where none fits
 _INTERPRETED = (Blocks(256, 1),)
 
 _chosen: Dict[Tuple, Blocks] = {}
@@ -81,18 +81,19 @@ def forward(
         normalize: bool,
 ) -> torch.Tensor:
     """See `local_attention_reference`, whose arguments and result these are."""
+    logits = _with_near_taps(logits)
     problem = _Problem(value, logits, kernel_size, dilation, normalize)
-    mul, add = _contiguous(ghost_mul), _contiguous(ghost_add)
-    out = value.new_empty(value.shape)
+    mul, add = _by_tap(ghost_mul), _by_tap(ghost_add)
+    out = _empty_like(value)
 
     def launch(blocks: Blocks) -> None:
         sizes, grid = problem.cut(blocks)
         _kernels().forward_kernel[grid,](
             out, value, logits, mul, add, **sizes, splits=problem.splits, **_strides(v=value, l=logits),
-            K2P=problem.taps, HAS_MUL=mul is not None, HAS_ADD=add is not None, num_warps=blocks.warps)
+            KP=problem.side, HAS_MUL=mul is not None, HAS_ADD=add is not None, num_warps=blocks.warps)
 
-    problem.launch('forward', launch, max(problem.BC, problem.taps), (mul is not None, add is not None))
-    return out
+    problem.launch('forward', launch, problem.BC, (mul is not None, add is not None))
+    return out.to(value.dtype)
 
 
 def backward(
@@ -106,10 +107,11 @@ def backward(
         normalize: bool,
 ) -> Grads:
     """Gradients of value, logits, ghost_mul and ghost_add (None where that is None) for the output's `grad`."""
+    logits = _with_near_taps(logits)
     problem = _Problem(value, logits, kernel_size, dilation, normalize)
-    mul, add = _contiguous(ghost_mul), _contiguous(ghost_add)
+    mul, add = _by_tap(ghost_mul), _by_tap(ghost_add)
     has = mul is not None, add is not None
-    grad_value, grad_logits = value.new_empty(value.shape), logits.new_empty(logits.shape)
+    grad_value, grad_logits = _empty_like(value), _empty_like(logits)
     stats = value.new_empty(logits.shape[:4] + (2,), dtype=problem.dtype) if normalize else None
     partial: List[Optional[torch.Tensor]] = [None, None]
 
@@ -124,7 +126,7 @@ def backward(
         _kernels().backward_logits_kernel[programs * problem.G * splits,](
             grad_logits, stats, *partial, grad, value, logits, mul, **sizes,
             tiles=tiles, programs=programs, splits=splits, steps=steps, **_strides(g=grad, v=value, l=logits),
-            KP=problem.side, K2P=problem.taps, HAS_MUL=has[0],
+            KP=problem.side, HAS_MUL=has[0],
             LOGITS=to_logits, GRAD_MUL=to_ghosts and has[0], GRAD_ADD=to_ghosts and has[1], num_warps=blocks.warps)
 
     def launch_value(blocks: Blocks) -> None:
@@ -140,9 +142,11 @@ def backward(
         problem.launch('backward_ghosts', lambda blocks: launch_logits(blocks, False, True), width, has)
     problem.launch('backward_value', launch_value, problem.BC, has)
     if any(has) and partial == [None, None]:  # an empty batch, for which nothing was launched
-        partial[:] = [value.new_empty((0, *x.shape), dtype=problem.dtype) if x is not None else None for x in (mul, add)]
+        partial[:] = [
+            value.new_empty((0, *x.shape), dtype=problem.dtype) if x is not None else None
+            for x in (ghost_mul, ghost_add)]
     grad_mul, grad_add = (None if x is None else x.sum(0).to(value.dtype) for x in partial)
-    return grad_value, grad_logits, grad_mul, grad_add
+    return grad_value.to(value.dtype), grad_logits.to(value.dtype), grad_mul, grad_add
 
 
 class _Problem:
@@ -157,7 +161,7 @@ class _Problem:
         self.storage, self.dtype = value.dtype, torch.float64 if value.dtype == torch.float64 else torch.float32
         self.BC = min(_BLOCK_CHANNELS, _power_of_two(self.width))
         self.splits = -(-self.width // self.BC)  # blocks of channels in a head
-        self.side, self.taps = _power_of_two(K), _power_of_two(K * K)
+        self.side = _power_of_two(K)
 
     def cut(self, blocks: Blocks, splits: Optional[int] = None) -> Tuple[Dict[str, Any], int]:
         """What all kernels are told, and the number of programs if each has one tile."""
@@ -165,7 +169,7 @@ class _Problem:
         tiles_h, tiles_w = -(-self.H // TH), -(-self.W // TW)
         sizes = dict(
             H=self.H, W=self.W, C=self.C, width=self.width, TH=TH, TW=TW, tiles_h=tiles_h, tiles_w=tiles_w,
-            heads=self.G, dilation=self.dilation, K=self.K, BP=blocks.pixels, BC=self.BC,
+            heads=self.G, rows=self.K, dilation=self.dilation, K=self.K, BP=blocks.pixels, BC=self.BC,
             T=_triton_type(self.dtype), NORMALIZE=self.normalize)
         return sizes, self.B * tiles_h * tiles_w * self.G * (self.splits if splits is None else splits)
 
@@ -204,8 +208,8 @@ def _fitting(width: int) -> List[Blocks]:
     """Candidates whose threads can hold `width` numbers of every pixel; at least one."""
     if _INTERPRET:
         return [*_INTERPRETED]
-    fitting = [x for x in _CANDIDATES if x.pixels * width <= _REGISTERS * 32 * x.warps]
-    return fitting or [Blocks(16, 8)]
+    fitting = [x for x in _CANDIDATES if x.pixels * width <= _NUMBERS * 32 * x.warps]
+    return fitting or [_WIDE]
 
 
 def _time(launch: Callable[[Blocks], None], blocks: Blocks) -> float:
@@ -244,8 +248,19 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _contiguous(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    return None if x is None else x.contiguous()
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    # contiguous; the interpreter cuts what a GPU rounds to bfloat16, so there PyTorch rounds
+    return x.new_empty(x.shape, dtype=torch.float32 if _INTERPRET and x.dtype == torch.bfloat16 else x.dtype)
+
+
+def _with_near_taps(logits: torch.Tensor) -> torch.Tensor:
+    # taps of a pixel are addressed in 32 bits, everything else in 64
+    return logits if logits.shape[4] * logits.stride(4) < 2 ** 31 else logits.contiguous()
+
+
+def _by_tap(ghost: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """Turn (C, K, K) into (K, K, C), so that a tap's channels are read at once."""
+    return None if ghost is None else ghost.permute(1, 2, 0).contiguous()
 
 
 def _strides(**tensors: torch.Tensor) -> Dict[str, int]:

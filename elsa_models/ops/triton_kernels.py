@@ -43,35 +43,28 @@ def _address(b, y, x, sb, sh, sw):
 
 
 @triton.jit
-def _softmax_taps(logits, exists, lt, K: tl.constexpr, KP: tl.constexpr, T: tl.constexpr):
-    """Attention of a tile (BP, KP, KP), zero where there is no tap; maximum and 1 / sum of its softmax (BP)."""
-    row, column = tl.arange(0, KP)[None, :, None], tl.arange(0, KP)[None, None, :]
-    is_tap = (row < K) & (column < K)
-    taps = (row * K + column).to(tl.int64) * lt
-    a = tl.load(logits[:, None, None] + taps, mask=exists[:, None, None] & is_tap, other=0.).to(T)
-    a = tl.where(is_tap, a, float('-inf'))
-    m = tl.max(tl.max(a, axis=2), axis=1)
-    a = tl.exp(a - m[:, None, None])
-    inverse = 1. / tl.sum(tl.sum(a, axis=2), axis=1)
-    return a * inverse[:, None, None], m, inverse
-
-
-@triton.jit
-def _softmax_stats(logits, exists, lt, K: tl.constexpr, K2P: tl.constexpr, T: tl.constexpr):
-    """Maximum and 1 / sum of a tile's softmax (BP); zero and one where there is no pixel."""
-    tap = tl.arange(0, K2P)[None, :]
-    a = tl.load(logits[:, None] + tap.to(tl.int64) * lt, mask=exists[:, None] & (tap < K * K), other=0.).to(T)
-    a = tl.where(tap < K * K, a, float('-inf'))
-    m = tl.max(a, axis=1)
-    return m, 1. / tl.sum(tl.exp(a - m[:, None]), axis=1)
+def _softmax_stats(
+        logits, exists, lt, rows, K: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, T: tl.constexpr):
+    """Maximum and 1 / sum of the softmax of each pixel (BP), row by row of taps: a whole tile of taps would spill."""
+    column = tl.arange(0, KP)[None, :]
+    m = tl.full((BP,), -3e38, dtype=T)  # below all float32; no infinity, whose difference to itself is no number
+    total = tl.zeros((BP,), dtype=T)
+    for i in range(rows):
+        a = tl.load(
+            logits[:, None] + (i * K + column) * lt, mask=exists[:, None] & (column < K), other=0.).to(T)
+        a = tl.where(column < K, a, float('-inf'))
+        before = m
+        m = tl.maximum(m, tl.max(a, axis=1))
+        total = total * tl.exp(before - m) + tl.sum(tl.exp(a - m[:, None]), axis=1)
+    return m, 1. / total
 
 
 @triton.jit
 def forward_kernel(
         out, value, logits, mul, add,
-        H, W, C, width, TH, TW, tiles_h, tiles_w, heads, splits, dilation,
+        H, W, C, width, TH, TW, tiles_h, tiles_w, heads, splits, rows, dilation,
         vb, vh, vw, vc, lb, lh, lw, lg, lt,
-        K: tl.constexpr, K2P: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr,
+        K: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr,
         NORMALIZE: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):
     """out = sum over taps of (mul * softmax(logits) + add) * value; one program per tile, head and block of channels."""
@@ -85,10 +78,10 @@ def forward_kernel(
     values = value + _address(b, y, x, vb, vh, vw)[:, None] + (c.to(tl.int64) * vc)[None, :]
     logits += _address(b, y, x, lb, lh, lw) + tl.cast(head, tl.int64) * lg
     if NORMALIZE:
-        m, inverse = _softmax_stats(logits, exists, lt, K, K2P, T)
+        m, inverse = _softmax_stats(logits, exists, lt, rows, K, KP, BP, T)
 
     acc = tl.zeros((BP, BC), dtype=T)
-    for i in range(K):
+    for i in range(rows):
         dy = (i - K // 2) * dilation
         in_rows = exists & (y + dy >= 0) & (y + dy < H)
         row = values + tl.cast(dy, tl.int64) * vh
@@ -97,14 +90,14 @@ def forward_kernel(
             inside = in_rows & (x + dx >= 0) & (x + dx < W)
             v = tl.load(
                 row + tl.cast(dx, tl.int64) * vw, mask=inside[:, None] & is_channel[None, :], other=0.).to(T)
-            weight = tl.load(logits + tl.cast(i * K + j, tl.int64) * lt, mask=exists, other=0.).to(T)
+            weight = tl.load(logits + (i * K + j) * lt, mask=exists, other=0.).to(T)
             if NORMALIZE:
                 weight = tl.exp(weight - m) * inverse
             weight = weight[:, None]
             if HAS_MUL:
-                weight = weight * tl.load(mul + c * (K * K) + (i * K + j), mask=is_channel, other=0.).to(T)[None, :]
+                weight = weight * tl.load(mul + (i * K + j) * C + c, mask=is_channel, other=0.).to(T)[None, :]
             if HAS_ADD:
-                weight = weight + tl.load(add + c * (K * K) + (i * K + j), mask=is_channel, other=0.).to(T)[None, :]
+                weight = weight + tl.load(add + (i * K + j) * C + c, mask=is_channel, other=0.).to(T)[None, :]
             acc += weight * v
     outs = out + (((b * H + y) * W + x) * C)[:, None] + c[None, :]
     tl.store(outs, acc, mask=exists[:, None] & is_channel[None, :])
@@ -113,9 +106,9 @@ def forward_kernel(
 @triton.jit
 def backward_logits_kernel(
         grad_logits, stats, partial_mul, partial_add, grad, value, logits, mul,
-        H, W, C, width, TH, TW, tiles_h, tiles_w, tiles, programs, heads, splits, steps, dilation,
+        H, W, C, width, TH, TW, tiles_h, tiles_w, tiles, programs, heads, splits, steps, rows, dilation,
         gb, gh, gw, gc, vb, vh, vw, vc, lb, lh, lw, lg, lt,
-        K: tl.constexpr, KP: tl.constexpr, K2P: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr,
+        K: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr,
         NORMALIZE: tl.constexpr, HAS_MUL: tl.constexpr,
         LOGITS: tl.constexpr, GRAD_MUL: tl.constexpr, GRAD_ADD: tl.constexpr,
 ):
@@ -130,6 +123,7 @@ def backward_logits_kernel(
     first = program // (heads * splits)
     head = block // splits
     row_index, column_index = tl.arange(0, KP)[None, :, None], tl.arange(0, KP)[None, :]
+    is_tap = (row_index < K) & (column_index[None, :, :] < K)
     if GRAD_MUL:
         sum_mul = tl.zeros((BC, KP, KP), dtype=T)
     if GRAD_ADD:
@@ -138,8 +132,8 @@ def backward_logits_kernel(
     for tile in range(first, tiles, programs):
         b, y, x, exists = _pixels_of_tile(tile, H, W, TH, TW, tiles_h, tiles_w, BP)
         tile_logits = logits + _address(b, y, x, lb, lh, lw) + tl.cast(head, tl.int64) * lg
-        if GRAD_MUL and NORMALIZE:
-            m, inverse = _softmax_stats(tile_logits, exists, lt, K, K2P, T)
+        if NORMALIZE:
+            m, inverse = _softmax_stats(tile_logits, exists, lt, rows, K, KP, BP, T)
         grad_a = tl.zeros((BP, KP, KP), dtype=T)
         for step in range(steps):
             in_head = (block % splits + step) * BC + tl.arange(0, BC)
@@ -149,14 +143,14 @@ def backward_logits_kernel(
                 grad + _address(b, y, x, gb, gh, gw)[:, None] + (c.to(tl.int64) * gc)[None, :],
                 mask=exists[:, None] & is_channel[None, :], other=0.).to(T)
             values = value + _address(b, y, x, vb, vh, vw)[:, None] + (c.to(tl.int64) * vc)[None, :]
-            for i in range(K):
+            for i in range(rows):
                 dy = (i - K // 2) * dilation
                 in_rows = exists & (y + dy >= 0) & (y + dy < H)
                 row = values + tl.cast(dy, tl.int64) * vh
                 row_a = tl.zeros((BP, KP), dtype=T)
                 row_mul = tl.zeros((BC, KP), dtype=T)
                 row_add = tl.zeros((BC, KP), dtype=T)
-                for j in tl.static_range(K):
+                for j in range(rows):
                     dx = (j - K // 2) * dilation
                     inside = in_rows & (x + dx >= 0) & (x + dx < W)
                     v = tl.load(
@@ -165,7 +159,7 @@ def backward_logits_kernel(
                     if GRAD_ADD:
                         row_add = tl.where(column_index == j, tl.sum(product, axis=0)[:, None], row_add)
                     if GRAD_MUL:
-                        a = tl.load(tile_logits + tl.cast(i * K + j, tl.int64) * lt, mask=exists, other=0.).to(T)
+                        a = tl.load(tile_logits + (i * K + j) * lt, mask=exists, other=0.).to(T)
                         if NORMALIZE:
                             a = tl.exp(a - m) * inverse
                         row_mul = tl.where(
@@ -173,7 +167,7 @@ def backward_logits_kernel(
                     if LOGITS:
                         if HAS_MUL:
                             product *= tl.load(
-                                mul + c * (K * K) + (i * K + j), mask=is_channel, other=0.).to(T)[None, :]
+                                mul + (i * K + j) * C + c, mask=is_channel, other=0.).to(T)[None, :]
                         row_a = tl.where(column_index == j, tl.sum(product, axis=1)[:, None], row_a)
                 if LOGITS:
                     grad_a += tl.where(row_index == i, row_a[:, None, :], 0.)
@@ -184,22 +178,22 @@ def backward_logits_kernel(
 
         if LOGITS:
             pixel = ((b * H + y) * W + x) * heads + head
+            tap = row_index * K + column_index[None, :, :]
+            stored = exists[:, None, None] & is_tap
             if NORMALIZE:
-                a, m, inverse = _softmax_taps(tile_logits, exists, lt, K, KP, T)
+                a = tl.load(tile_logits[:, None, None] + tap * lt, mask=stored, other=0.).to(T)
+                a = tl.where(stored, tl.exp(a - m[:, None, None]) * inverse[:, None, None], 0.)
                 mean = tl.sum(tl.sum(a * grad_a, axis=2), axis=1)
                 grad_a = a * (grad_a - mean[:, None, None])
                 tl.store(stats + 2 * pixel, m, mask=exists)
                 tl.store(stats + 2 * pixel + 1, inverse, mask=exists)
-            tap = row_index * K + tl.arange(0, KP)[None, None, :]
-            is_tap = (row_index < K) & (tl.arange(0, KP)[None, None, :] < K)
-            tl.store(
-                grad_logits + (pixel * (K * K))[:, None, None] + tap, grad_a, mask=exists[:, None, None] & is_tap)
+            tl.store(grad_logits + (pixel * (K * K))[:, None, None] + tap, grad_a, mask=stored)
 
     if GRAD_MUL or GRAD_ADD:
         in_head = block % splits * BC + tl.arange(0, BC)
         c = tl.cast(first, tl.int64) * C + head * width + in_head
-        taps = (c * (K * K))[:, None, None] + row_index * K + tl.arange(0, KP)[None, None, :]
-        stored = (in_head < width)[:, None, None] & (row_index < K) & (tl.arange(0, KP)[None, None, :] < K)
+        taps = (c * (K * K))[:, None, None] + row_index * K + column_index[None, :, :]
+        stored = (in_head < width)[:, None, None] & is_tap
         if GRAD_MUL:
             tl.store(partial_mul + taps, sum_mul, mask=stored)
         if GRAD_ADD:
@@ -209,7 +203,7 @@ def backward_logits_kernel(
 @triton.jit
 def backward_value_kernel(
         grad_value, grad, logits, stats, mul, add,
-        H, W, C, width, TH, TW, tiles_h, tiles_w, heads, splits, dilation,
+        H, W, C, width, TH, TW, tiles_h, tiles_w, heads, splits, rows, dilation,
         gb, gh, gw, gc, lb, lh, lw, lg, lt,
         K: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr,
         NORMALIZE: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr,
@@ -227,26 +221,26 @@ def backward_value_kernel(
     stats += 2 * (((b * H + y) * W + x) * heads + head)
 
     acc = tl.zeros((BP, BC), dtype=T)
-    for i in range(K):
+    for i in range(rows):
         dy = (i - K // 2) * dilation
         in_rows = exists & (y - dy >= 0) & (y - dy < H)
-        for j in tl.static_range(K):
+        for j in range(rows):
             dx = (j - K // 2) * dilation
             inside = in_rows & (x - dx >= 0) & (x - dx < W)
             back_y, back_x = tl.cast(dy, tl.int64), tl.cast(dx, tl.int64)
             g = tl.load(
                 grads - (back_y * gh + back_x * gw), mask=inside[:, None] & is_channel[None, :], other=0.).to(T)
             weight = tl.load(
-                logits - (back_y * lh + back_x * lw) + tl.cast(i * K + j, tl.int64) * lt, mask=inside, other=0.).to(T)
+                logits - (back_y * lh + back_x * lw) + (i * K + j) * lt, mask=inside, other=0.).to(T)
             if NORMALIZE:
                 seer = stats - 2 * (back_y * W + back_x) * heads
                 m = tl.load(seer, mask=inside, other=0.)
                 weight = tl.exp(weight - m) * tl.load(seer + 1, mask=inside, other=0.)
             weight = weight[:, None]
             if HAS_MUL:
-                weight = weight * tl.load(mul + c * (K * K) + (i * K + j), mask=is_channel, other=0.).to(T)[None, :]
+                weight = weight * tl.load(mul + (i * K + j) * C + c, mask=is_channel, other=0.).to(T)[None, :]
             if HAS_ADD:
-                weight = weight + tl.load(add + c * (K * K) + (i * K + j), mask=is_channel, other=0.).to(T)[None, :]
+                weight = weight + tl.load(add + (i * K + j) * C + c, mask=is_channel, other=0.).to(T)[None, :]
             acc += weight * g
     outs = grad_value + (((b * H + y) * W + x) * C)[:, None] + c[None, :]
     tl.store(outs, acc, mask=exists[:, None] & is_channel[None, :])

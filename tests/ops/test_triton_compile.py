@@ -1,0 +1,92 @@
+"""Triton's kernels as a GPU gets them: compiled to machine code for GPUs that need not be there.
+
+The interpreter that checks their results elsewhere forgives what the compiler does not, and knows nothing of
+registers. The launches of the real backend are recorded and compiled as Triton would specialise them.
+"""
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import pytest
+import torch
+
+from elsa_models.ops import triton_backend
+
+triton = pytest.importorskip('triton')
+pytestmark = pytest.mark.skipif(triton_backend._INTERPRET, reason='the interpreter compiles nothing')
+
+TYPES = {torch.float64: 'fp64', torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
+Launch = Tuple[str, Tuple, Dict[str, Any]]
+
+
+def _record(monkeypatch, blocks=None, dtype=torch.bfloat16, shape=(2, 56, 56, 96), heads=3, kernel_size=7, dilation=1,
+            ghosts='a', normalize=True) -> List[Launch]:
+    """Launches of one forward and one backward pass, by name, arguments and options; nothing runs."""
+    launches: List[Launch] = []
+
+    class Recorder:
+        def __getattr__(self, name):
+            def launch(*args, **kwargs):
+                launches.append((name, args, kwargs))
+            return _Gridded(launch)
+
+    monkeypatch.setattr(triton_backend, '_kernels', Recorder)
+    if blocks is not None:
+        monkeypatch.setattr(triton_backend, '_fitting', lambda width: [blocks])
+    B, H, W, C = shape
+    K = kernel_size
+    value, grad = (torch.empty(B, H, W, 3 * C, dtype=dtype)[..., C:2 * C] for _ in range(2))
+    logits = torch.empty(B, H, W, heads, K * K, dtype=dtype)
+    mul, add = (torch.empty(C, K, K, dtype=dtype) if x in ghosts else None for x in 'ma')
+    triton_backend.forward(value, logits, mul, add, K, dilation, normalize)
+    triton_backend.backward(grad, value, logits, mul, add, K, dilation, normalize)
+    return launches
+
+
+class _Gridded:
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        assert len(grid) == 1 and 0 < grid[0] < 2 ** 31
+        return self.launch
+
+
+def _compile(launch: Launch, capability: int) -> Tuple[int, int, int]:
+    """Registers of a thread, bytes that it spills, and bytes of shared memory of a program."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from elsa_models.ops import triton_kernels
+    name, args, kwargs = launch
+    kernel = getattr(triton_kernels, name)
+    given = dict(zip(kernel.arg_names, args))
+    warps = kwargs['num_warps']
+    given.update((k, v) for k, v in kwargs.items() if k != 'num_warps')
+    assert set(given) == set(kernel.arg_names)  # each argument once, and none unknown
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        x = given[parameter.name]
+        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1):
+            signature[parameter.name], constants[parameter.name] = 'constexpr', x
+            continue
+        if isinstance(x, torch.Tensor):
+            signature[parameter.name] = '*' + TYPES[x.dtype]
+        else:
+            signature[parameter.name] = 'i32' if x < 2 ** 31 else 'i64'
+        if isinstance(x, torch.Tensor) or x % 16 == 0:
+            attributes[i,] = [['tt.divisibility', 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, GPUTarget('cuda', capability, 32), {'num_warps': warps})
+    return *_usage(binary.asm['cubin']), binary.metadata.shared
+
+
+def _usage(cubin: bytes) -> Tuple[int, int]:
+    import tempfile
+    tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'kernel.cubin'
+        path.write_bytes(cubin)
+        text = subprocess.run([tool, '-res-usage', path], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r'REG:(\d+)', text)[1]), int(re.search(r'STACK:(\d+)', text)[1])
