@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
 
 _CANDIDATES = (Blocks(64, 4), Blocks(64, 8), Blocks(32, 4), Blocks(128, 8))  # the first that fits serves untimed
 _WIDE = Blocks(16, 8)  # where none fits
-_INTERPRETED = (Blocks(256, 1),)
+_INTERPRETED = (Blocks(64, 1),)
 
 _chosen: Dict[Tuple, Blocks] = {}
 
@@ -84,7 +84,7 @@ def forward(
     logits = _with_near_taps(logits)
     problem = _Problem(value, logits, kernel_size, dilation, normalize)
     mul, add = _by_tap(ghost_mul), _by_tap(ghost_add)
-    out = _empty_like(value)
+    out = _empty(value, value.shape, value.dtype)
 
     def launch(blocks: Blocks) -> None:
         sizes, grid = problem.cut(blocks)
@@ -111,9 +111,9 @@ def backward(
     problem = _Problem(value, logits, kernel_size, dilation, normalize)
     mul, add = _by_tap(ghost_mul), _by_tap(ghost_add)
     has = mul is not None, add is not None
-    grad_value, grad_logits = _empty_like(value), _empty_like(logits)
-    stats = value.new_empty(logits.shape[:4] + (2,), dtype=problem.dtype) if normalize else None
-    partial: List[Optional[torch.Tensor]] = [None, None]
+    grad_value, grad_logits = (_empty(x, x.shape, x.dtype) for x in (value, logits))
+    stats = _empty(value, logits.shape[:4] + (2,), problem.dtype) if normalize else None
+    partial = [None if x is None else _empty(value, (0, *x.shape), problem.dtype) for x in (ghost_mul, ghost_add)]
 
     def launch_logits(blocks: Blocks, to_logits: bool, to_ghosts: bool) -> None:
         splits, steps = (1, problem.splits) if to_logits else (problem.splits, 1)
@@ -122,7 +122,7 @@ def backward(
         programs = problem.programs(tiles, splits) if to_ghosts else tiles
         if to_ghosts:
             shape = (programs, problem.C, kernel_size, kernel_size)
-            partial[:] = [value.new_empty(shape, dtype=problem.dtype) if x else None for x in has]
+            partial[:] = [_empty(value, shape, problem.dtype) if x else None for x in has]
         _kernels().backward_logits_kernel[programs * problem.G * splits,](
             grad_logits, stats, *partial, grad, value, logits, mul, **sizes,
             tiles=tiles, programs=programs, splits=splits, steps=steps, **_strides(g=grad, v=value, l=logits),
@@ -141,10 +141,6 @@ def backward(
     if any(has) and not fused:
         problem.launch('backward_ghosts', lambda blocks: launch_logits(blocks, False, True), width, has)
     problem.launch('backward_value', launch_value, problem.BC, has)
-    if any(has) and partial == [None, None]:  # an empty batch, for which nothing was launched
-        partial[:] = [
-            value.new_empty((0, *x.shape), dtype=problem.dtype) if x is not None else None
-            for x in (ghost_mul, ghost_add)]
     grad_mul, grad_add = (None if x is None else x.sum(0).to(value.dtype) for x in partial)
     return grad_value.to(value.dtype), grad_logits.to(value.dtype), grad_mul, grad_add
 
@@ -248,9 +244,9 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    # contiguous; the interpreter cuts what a GPU rounds to bfloat16, so there PyTorch rounds
-    return x.new_empty(x.shape, dtype=torch.float32 if _INTERPRET and x.dtype == torch.bfloat16 else x.dtype)
+def _empty(like: torch.Tensor, shape: Tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    # the interpreter cuts what a GPU rounds to bfloat16, so there PyTorch rounds
+    return like.new_empty(shape, dtype=torch.float32 if _INTERPRET and dtype == torch.bfloat16 else dtype)
 
 
 def _with_near_taps(logits: torch.Tensor) -> torch.Tensor:

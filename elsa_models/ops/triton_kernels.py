@@ -67,7 +67,7 @@ def forward_kernel(
         K: tl.constexpr, KP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr,
         NORMALIZE: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr,
 ):
-    """out = sum over taps of (mul * softmax(logits) + add) * value; one program per tile, head and block of channels."""
+    """out = sum over taps of (mul * softmax(logits) + add) * value; a program per tile, head and block of channels."""
     program = tl.program_id(0)
     block = program % (heads * splits)
     head = block // splits
@@ -132,7 +132,7 @@ def backward_logits_kernel(
     for tile in range(first, tiles, programs):
         b, y, x, exists = _pixels_of_tile(tile, H, W, TH, TW, tiles_h, tiles_w, BP)
         tile_logits = logits + _address(b, y, x, lb, lh, lw) + tl.cast(head, tl.int64) * lg
-        if NORMALIZE:
+        if NORMALIZE and (LOGITS or GRAD_MUL):
             m, inverse = _softmax_stats(tile_logits, exists, lt, rows, K, KP, BP, T)
         grad_a = tl.zeros((BP, KP, KP), dtype=T)
         for step in range(steps):

@@ -5,6 +5,7 @@ registers. The launches of the real backend are recorded and compiled as Triton 
 """
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -83,10 +84,44 @@ def _compile(launch: Launch, capability: int) -> Tuple[int, int, int]:
 
 
 def _usage(cubin: bytes) -> Tuple[int, int]:
-    import tempfile
     tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'kernel.cubin'
         path.write_bytes(cubin)
         text = subprocess.run([tool, '-res-usage', path], capture_output=True, text=True, check=True).stdout
     return int(re.search(r'REG:(\d+)', text)[1]), int(re.search(r'STACK:(\d+)', text)[1])
+
+
+@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize('options', [
+    dict(),
+    dict(dtype=torch.float32, ghosts='ma', dilation=2),
+    dict(dtype=torch.float16, shape=(2, 28, 28, 192), heads=6, kernel_size=5, ghosts=''),
+], ids=str)
+def test_compiles_without_spilling(options, capability, monkeypatch):
+    launches = _record(monkeypatch, **options)
+    assert [name for name, _, _ in launches] == ['forward_kernel', 'backward_logits_kernel', 'backward_value_kernel']
+    for launch in launches:
+        registers, spilled, shared = _compile(launch, capability)
+        assert registers <= 255 and spilled == 0, launch[0]
+        assert shared <= 48 << 10, launch[0]  # what every program may have unasked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('blocks', triton_backend._CANDIDATES, ids=str)
+def test_candidates_compile(blocks, dtype, capability, monkeypatch):
+    for launch in _record(monkeypatch, blocks, dtype, ghosts='ma'):
+        assert _compile(launch, capability)[2] <= 48 << 10
+
+
+@pytest.mark.parametrize('options', [
+    dict(shape=(2, 14, 14, 200), heads=1, ghosts='ma'),  # blocks of channels
+    dict(shape=(1, 9, 9, 5), heads=5, kernel_size=1, normalize=False),
+    dict(shape=(1, 9, 9, 24), heads=3, kernel_size=13),
+    dict(dtype=torch.float64, kernel_size=3),
+], ids=str)
+def test_compiles(options, monkeypatch):
+    for launch in _record(monkeypatch, **options):
+        _compile(launch, 90)
