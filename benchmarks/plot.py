@@ -47,7 +47,8 @@ def latency(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
     places = range(len(models))
     axes.barh(places, ratio, xerr=[[a - b for a, b in zip(ratio, low)], [b - a for a, b in zip(ratio, high)]])
     axes.set_yticks(places, [
-        f'{r["model"]}, {r["mode"]}, {r["form"]}, {r["dtype"]}, batch {r["batch"]}, {r["img_size"]} px' for r in models])
+        f'{r["model"]}, {r["mode"]}, {r["form"]}, {r["dtype"]}, batch {r["batch"]}, {r["img_size"]} px'
+        for r in models])
     axes.axvline(1., color='black', linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel('time / time of timm\'s counterpart')
@@ -66,7 +67,8 @@ def memory(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
         sizes, drawn = number(rows, 'img_size'), True
         line, = axes.plot(sizes, number(rows, 'peak_mib'), marker='o', label=f'{model}, {dtype}, batch {batch}')
         axes.plot(
-            sizes, number(rows, 'baseline_peak_mib'), marker='o', linestyle='--', color=line.get_color(), label=baseline)
+            sizes, number(rows, 'baseline_peak_mib'), marker='o', linestyle='--', color=line.get_color(),
+            label=baseline)
     _logarithmic(axes, 'image (pixels)', 'peak memory of a training step (MiB)', drawn)
     return drawn
 
