@@ -72,7 +72,7 @@ def captured(step: Step) -> Step:
 
 
 def peak_memory(script: str, spec: Dict, args: argparse.Namespace) -> float:
-    """Peak MiB that two steps of `spec` need, from a fresh process that runs `script --memory-of` (Linux on the CPU)."""
+    """Peak MiB of two steps of `spec`, from a fresh process that runs `script --memory-of` (on the CPU: Linux)."""
     command = [sys.executable, script, '--memory-of', json.dumps(spec)]
     for option in ('device', 'dtype', 'threads'):
         command += [f'--{option}', str(getattr(args, option))]

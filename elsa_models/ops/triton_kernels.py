@@ -218,7 +218,8 @@ def backward_value_kernel(
     c = head * width + in_head
     grads = grad + _address(b, y, x, gb, gh, gw)[:, None] + (c.to(tl.int64) * gc)[None, :]
     logits += _address(b, y, x, lb, lh, lw) + tl.cast(head, tl.int64) * lg
-    stats += 2 * (((b * H + y) * W + x) * heads + head)
+    if NORMALIZE:
+        stats += 2 * (((b * H + y) * W + x) * heads + head)
 
     acc = tl.zeros((BP, BC), dtype=T)
     for i in range(rows):
