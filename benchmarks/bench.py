@@ -39,11 +39,14 @@ PAIRS = [
 ]
 STAGES = ((4, 96, 3), (8, 192, 6), (16, 384, 12))  # stride, channels and heads of ELSA-Swin-T's first three stages
 FULL = dict(
-    pair=PAIRS, mode=['infer', 'train'], form=['eager', 'compiled'], batch=[1, 8], img_size=[224, 384, 512, 1024],
-    kernel_size=[3, 5, 7, 9, 11, 13], runs=15, min_seconds=.02)
+    pair=PAIRS, mode=['infer', 'train'], form=['eager', 'compiled'], batch=[1, 8], img_size=[224], kernel_size=[7],
+    stage=[0, 1, 2], runs=15, min_seconds=.02)
 QUICK = dict(
-    pair=PAIRS[:1], mode=['infer', 'train'], form=['eager'], batch=[1], img_size=[224], kernel_size=[3, 7], runs=7,
-    min_seconds=.005)
+    pair=PAIRS[:1], mode=['infer', 'train'], form=['eager'], batch=[1], img_size=[224], kernel_size=[3, 7],
+    stage=[0], runs=7, min_seconds=.005)
+# what a full measurement adds: growth with the image, growth with the kernel
+MODEL_SWEEP = dict(pair=PAIRS[:1], form=['eager'], batch=[1], img_size=[384, 512, 768, 1024])
+OP_SWEEP = dict(mode=['infer'], form=['eager'], batch=[1], kernel_size=[3, 5, 9, 11, 13], stage=[0])
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch', nargs='+', type=int)
     parser.add_argument('--img-size', nargs='+', type=int, help='the maps of operators are those of ELSA-Swin-T')
     parser.add_argument('--kernel-size', nargs='+', type=int, help='of operators')
-    parser.add_argument('--stage', nargs='+', type=int, default=[0, 1, 2], choices=[0, 1, 2], help='of operators')
+    parser.add_argument('--stage', nargs='+', type=int, choices=[0, 1, 2], help='of operators')
     parser.add_argument('--ghosts', default='a', choices=['', 'm', 'a', 'ma'], help='ghost matrices of operators')
     parser.add_argument('--baseline', nargs='+', choices=list(BASELINES), help='of operators; all that can run if none')
     parser.add_argument('--device', default='cpu')
@@ -68,6 +71,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--results', type=Path, default=harness.RESULTS, help='folder of the CSVs')
     parser.add_argument('--memory-of', type=json.loads, help=argparse.SUPPRESS)  # in the process that measures memory
     args = parser.parse_args()
+    chosen = [name for name in FULL if getattr(args, name) is not None and name not in ('runs', 'min_seconds')]
+    args.sweep = not args.quick and not chosen
     for name, default in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -85,8 +90,7 @@ def parse_args() -> argparse.Namespace:
 
 def build(name: str, size: int, args: argparse.Namespace) -> torch.nn.Module:
     torch.manual_seed(0)
-    kwargs = dict(img_size=size) if 'volo' not in name or name.startswith('elsa') else {}
-    model = timm.create_model(name, **kwargs).to(args.device, getattr(torch, args.dtype))
+    model = timm.create_model(name, img_size=size).to(args.device, getattr(torch, args.dtype))
     return model.to(memory_format=torch.channels_last) if args.device.startswith('cuda') else model
 
 
@@ -341,10 +345,11 @@ def main() -> None:
         make = make_model_step if args.memory_of['kind'] == 'model' else make_op_step
         harness.print_peak_memory(lambda: make(args.memory_of, args), args.device)
         return
-    if args.what in ('all', 'ops'):
-        bench_ops(args)
-    if args.what in ('all', 'models'):
-        bench_models(args)
+    for what, bench, sweep in (('ops', bench_ops, OP_SWEEP), ('models', bench_models, MODEL_SWEEP)):
+        if args.what in ('all', what):
+            bench(args)
+            if args.sweep:
+                bench(argparse.Namespace(**{**vars(args), **sweep}))
 
 
 if __name__ == '__main__':
