@@ -90,7 +90,7 @@ def forward(
         sizes, grid = problem.cut(blocks)
         _kernels().forward_kernel[grid,](
             out, value, logits, mul, add, **sizes, splits=problem.splits, **_strides(v=value, l=logits),
-            KP=problem.side, HAS_MUL=mul is not None, HAS_ADD=add is not None, num_warps=blocks.warps)
+            KP=problem.side, HAS_MUL=mul is not None, HAS_ADD=add is not None, **_options(blocks))
 
     problem.launch('forward', launch, problem.BC, (mul is not None, add is not None))
     return out.to(value.dtype)
@@ -127,13 +127,13 @@ def backward(
             grad_logits, stats, *partial, grad, value, logits, mul, **sizes,
             tiles=tiles, programs=programs, splits=splits, steps=steps, **_strides(g=grad, v=value, l=logits),
             KP=problem.side, HAS_MUL=has[0],
-            LOGITS=to_logits, GRAD_MUL=to_ghosts and has[0], GRAD_ADD=to_ghosts and has[1], num_warps=blocks.warps)
+            LOGITS=to_logits, GRAD_MUL=to_ghosts and has[0], GRAD_ADD=to_ghosts and has[1], **_options(blocks))
 
     def launch_value(blocks: Blocks) -> None:
         sizes, grid = problem.cut(blocks)
         _kernels().backward_value_kernel[grid,](
             grad_value, grad, logits, stats, mul, add, **sizes, splits=problem.splits,
-            **_strides(g=grad, l=logits), HAS_MUL=has[0], HAS_ADD=has[1], num_warps=blocks.warps)
+            **_strides(g=grad, l=logits), HAS_MUL=has[0], HAS_ADD=has[1], **_options(blocks))
 
     fused = any(has) and problem.splits == 1  # one reading of grad and value for all three
     width = max(problem.BC, problem.side ** 2)
@@ -263,6 +263,11 @@ def _strides(**tensors: torch.Tensor) -> Dict[str, int]:
     """Strides by the names of the kernels' arguments: `v=value` gives vb, vh, vw, vc, and a fifth dimension lt."""
     names = {4: 'bhwc', 5: 'bhwgt'}
     return {p + n: stride for p, x in tensors.items() for n, stride in zip(names[x.dim()], x.stride())}
+
+
+def _options(blocks: Blocks) -> Dict[str, Any]:
+    # a multiplication and an addition are one instruction only where Triton is told so, from 3.10 on
+    return dict(num_warps=blocks.warps, enable_fp_fusion=True)
 
 
 def _triton_type(dtype: torch.dtype) -> Any:

@@ -63,8 +63,8 @@ def _compile(launch: Launch, capability: int) -> Tuple[int, int, int]:
     name, args, kwargs = launch
     kernel = getattr(triton_kernels, name)
     given = dict(zip(kernel.arg_names, args))
-    warps = kwargs['num_warps']
-    given.update((k, v) for k, v in kwargs.items() if k != 'num_warps')
+    options = {k: v for k, v in kwargs.items() if k in ('num_warps', 'enable_fp_fusion')}
+    given.update((k, v) for k, v in kwargs.items() if k not in options)
     assert set(given) == set(kernel.arg_names)  # each argument once, and none unknown
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -79,7 +79,7 @@ def _compile(launch: Launch, capability: int) -> Tuple[int, int, int]:
         if isinstance(x, torch.Tensor) or x % 16 == 0:
             attributes[i,] = [['tt.divisibility', 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, GPUTarget('cuda', capability, 32), {'num_warps': warps})
+    binary = triton.compile(source, GPUTarget('cuda', capability, 32), options)
     return *_usage(binary.asm['cubin']), binary.metadata.shared
 
 
