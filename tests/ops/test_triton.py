@@ -324,7 +324,7 @@ MUTATIONS = [
     (FORWARD, 'dy = (i - K // 2) * dilation', 'dy = (K // 2 - i) * dilation'),
     (FORWARD, '* inverse', ''),
     (FORWARD, 'tl.exp(weight - m)', 'tl.exp(weight)'),
-    (FORWARD, '+= tl.cast(head, tl.int64) * lg', '+= 0'),
+    (FORWARD, ' + tl.cast(head, tl.int64) * lg', ''),
     (FORWARD, 'logits += _address(b, y, x, lb, lh, lw)', 'logits += _address(b, y, x, lb, lw, lh)'),
     (FORWARD, '_address(b, y, x, vb, vh, vw)', '_address(b, y, x, vb, vh, vc)'),
     (FORWARD, 'block % splits * BC', '0'),
