@@ -277,7 +277,7 @@ def _interpret(*arguments, timeout=900):
         env=environment, capture_output=True, text=True, timeout=timeout, cwd=HERE.parent.parent)
 
 
-# a part of the suite that takes under two minutes: all of it takes fifteen
+# a part of the suite that takes under two minutes: all of it takes some twenty
 QUICK = 'triton-cpu and (' + ' or '.join([
     'matches_reference and cpu-3-', 'error_at_most_twice and cpu-3-2-ma', 'sums_in_float32 and cpu-1-ma',
     'extreme_logits', 'taps_outside', 'any_strides and cpu-ma', 'batch_and_heads and 5-35-0', 'output_is_contiguous',
