@@ -1,10 +1,16 @@
-"""What the training script needs and timm does not have: recipe, data, loop, figures, and the run that joins them."""
-from .config import Recipe, RecipeError, add_arguments, load_recipe
-from .data import DataError, LabelledImages, create_loaders, load_splits
+"""What the training scripts need and timm does not have: recipes, jobs, data, the loop, and the run that joins them."""
+from .classification import ClassificationJob
+from .config import BaseRecipe, Recipe, RecipeError, add_arguments, load_recipe
+from .data import LabelledImages, create_transforms, load_splits
 from .files import OutputError, replace_folder
-from .run import Result, run
+from .job import Job
+from .loading import DataError, EvalLoader, TrainLoader
+from .loop import DivergedError, Trainer
+from .run import Result, run_job
+from .world import World
 
 __all__ = [
-    'DataError', 'LabelledImages', 'OutputError', 'Recipe', 'RecipeError', 'Result', 'add_arguments',
-    'create_loaders', 'load_recipe', 'load_splits', 'replace_folder', 'run',
+    'BaseRecipe', 'ClassificationJob', 'DataError', 'DivergedError', 'EvalLoader', 'Job', 'LabelledImages',
+    'OutputError', 'Recipe', 'RecipeError', 'Result', 'TrainLoader', 'Trainer', 'World', 'add_arguments',
+    'create_transforms', 'load_recipe', 'load_splits', 'replace_folder', 'run_job',
 ]

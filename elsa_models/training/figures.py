@@ -2,7 +2,7 @@
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, List, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Union
 
 import torch
 import torch.nn as nn
@@ -10,6 +10,9 @@ import torch.nn as nn
 from ..layers import ElsaAttention
 from .data import LabelledImages
 from .extras import require
+
+if TYPE_CHECKING:
+    from .classification import Predictions
 
 _RIGHT, _WRONG, _QUERY = '#1b7837', '#c51b2b', '#ff7f0e'
 _MAX_HEADS = 6  # drawn for each layer
@@ -52,9 +55,74 @@ def attention_layers(model: nn.Module, image: torch.Tensor) -> List[AttentionLay
     return layers
 
 
+def draw_curves(history: List[Dict[str, float]], path: Union[str, Path]) -> None:
+    """Draw loss and metrics over the epochs.
+
+    Args:
+        history: A row for each epoch, as in the log.
+        path: PNG to write.
+    """
+    metrics = [k for k in history[-1] if k.startswith('val_') and k not in ('val_loss', 'val_images')]
+    epochs = [row['epoch'] for row in history]
+    figure = _new_figure(11., 4.2)
+    left, right = figure.subplots(1, 2)
+    for name, label, color in (('train_loss', 'training', _QUERY), ('val_loss', 'held-out images', '#2f6fb0')):
+        if name in history[-1]:
+            left.plot(epochs, [row[name] for row in history], label=label, color=color, marker='.')
+    left.set_title('loss')
+    for name in metrics:
+        right.plot(epochs, [row[name] for row in history], label=name[4:].replace('_', ' '), marker='.')
+    right.set_title('held-out images')
+    for ax in (left, right):
+        ax.set_xlabel('epoch')
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        if ax.has_data():
+            ax.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_confusion(
+        targets: torch.Tensor,
+        predicted: torch.Tensor,
+        class_names: List[str],
+        path: Union[str, Path],
+) -> None:
+    """Draw which classes are taken for which: part of each true class in a row. Numbers for up to 25 classes.
+
+    Args:
+        targets: (N,) classes.
+        predicted: (N,) classes.
+        class_names: Name of each class.
+        path: PNG to write.
+    """
+    number = len(class_names)
+    counts = torch.bincount(targets * number + predicted, minlength=number ** 2).view(number, number)
+    parts = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    figure = _new_figure(*[min(14., max(5., 0.5 * number + 2.5))] * 2)
+    ax = figure.subplots()
+    image = ax.imshow(parts.numpy(), cmap='Blues', vmin=0., vmax=1.)
+    figure.colorbar(image, ax=ax, shrink=0.8, label='part of the true class')
+    ax.set_xlabel('predicted class')
+    ax.set_ylabel('true class')
+    if number <= 40:
+        names = [_short(name) for name in class_names]
+        ax.set_xticks(range(number), names, rotation=90)
+        ax.set_yticks(range(number), names)
+    if number <= 25:
+        for i in range(number):
+            for j in range(number):
+                if counts[i, j]:
+                    color = 'white' if parts[i, j] > 0.5 else 'black'
+                    ax.text(j, i, str(counts[i, j].item()), ha='center', va='center', fontsize=8, color=color)
+    right = counts.diagonal().sum().item()
+    ax.set_title(f'{right} of {len(targets)} held-out images are recognised: {100 * right / len(targets):.2f} %')
+    _save(figure, path)
+
+
 def draw_predictions(
         images: LabelledImages,
-        logits: torch.Tensor,
+        predictions: 'Predictions',
         class_names: List[str],
         path: Union[str, Path],
         rows: int = 5,
@@ -63,15 +131,15 @@ def draw_predictions(
     """Draw a grid of images with predicted class and confidence: mistakes first, in red, then a sample of the rest.
 
     Args:
-        images: The images, N of them.
-        logits: (N, classes).
+        images: The images.
+        predictions: What was predicted for them.
         class_names: Name of each class.
         path: PNG to write.
         rows: Rows of the grid, at most.
         columns: Columns of the grid, at most.
     """
-    confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
-    targets = torch.tensor(images.targets)
+    targets, predicted, confidence, index = (
+        predictions.targets, predictions.predicted, predictions.confidence, predictions.index)
     wrong = (predicted != targets).nonzero().flatten().tolist()
     right = (predicted == targets).nonzero().flatten().tolist()
     space = min(rows * columns, len(targets))
@@ -93,7 +161,7 @@ def draw_predictions(
     for ax in axes:
         ax.axis('off')
     for ax, i in zip(axes, shown + sample, strict=False):
-        _show(ax, images.image(i))
+        _show(ax, images.image(index[i]))
         name = _short(class_names[predicted[i]])
         if predicted[i] == targets[i]:
             text, color = f'{name}\n{confidence[i]:.0%}', _RIGHT
@@ -105,8 +173,8 @@ def draw_predictions(
 
 def draw_attention(
         model: nn.Module,
-        images: LabelledImages,
-        logits: torch.Tensor,
+        load: Callable[[int], torch.Tensor],
+        predictions: 'Predictions',
         class_names: List[str],
         path: Union[str, Path],
 ) -> None:
@@ -119,18 +187,18 @@ def draw_attention(
 
     Args:
         model: Model that holds `ElsaAttention`.
-        images: Images with the transform of the evaluation.
-        logits: (N, classes).
+        load: Gives an image of the data set, by its number, as the model takes it: (C, H, W), normalised.
+        predictions: What was predicted for them.
         class_names: Name of each class.
         path: PNG to write.
 
     Raises:
         ValueError: The model has no ELSA layer.
     """
-    predicted = logits.argmax(dim=-1)
-    recognised = (predicted == torch.tensor(images.targets)).nonzero().flatten().tolist()
+    predicted = predictions.predicted
+    recognised = (predicted == predictions.targets).nonzero().flatten().tolist()
     index = recognised[0] if recognised else 0
-    tensor = images[index][0]
+    tensor = load(predictions.index[index].item())
     layers = {tuple(layer.weights.shape[:2]): layer for layer in attention_layers(model, tensor)}
     if not layers:
         raise ValueError('model: has no ElsaAttention, there is no local attention to draw.')

@@ -1,5 +1,6 @@
-"""Folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all."""
 import logging
+import os
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -10,7 +11,19 @@ _logger = logging.getLogger(__name__)
 
 
 class OutputError(ValueError):
-    """A folder that must not be replaced."""
+    """A result that cannot be written, or a folder that must not be replaced."""
+
+
+def write_atomically(text: str, path: Union[str, Path]) -> None:
+    """Write text to a temporary file beside `path`, which then takes its place."""
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        temporary.write_text(text, encoding='utf-8')
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f'{path}: cannot be written ({e}).') from e
 
 
 def check_replaceable(folder: Union[str, Path], names: Collection[str]) -> None:
@@ -67,10 +80,21 @@ def replace_folder(folder: Union[str, Path], names: Collection[str], keep: str =
         else:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    move_into_place(temporary, folder)
+
+
+def move_into_place(temporary: Union[str, Path], folder: Union[str, Path]) -> None:
+    """Rename a folder to another beside it, and remove the one that it replaces.
+
+    Args:
+        temporary: Folder that is complete.
+        folder: Name that it takes. A folder of this name is lost.
+    """
+    temporary, folder = Path(temporary), Path(folder)
     if not folder.exists():
         temporary.rename(folder)
         return
-    former = folder.with_name(f'.{folder.name}-{suffix}-former')
+    former = folder.with_name(f'.{folder.name}-{uuid.uuid4().hex[:8]}-former')
     folder.rename(former)
     try:
         temporary.rename(folder)
