@@ -1,11 +1,12 @@
 """Labelled images: scikit-learn's digits, a folder with one sub-folder for each class, or timm's dataset factory."""
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_dataset, create_transform
+from timm.data.auto_augment import AugmentOp, posterize as timm_posterize
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
@@ -200,7 +201,27 @@ def create_transforms(recipe: Recipe, data_config: Dict[str, Any]) -> Tuple[Call
         auto_augment=recipe.auto_augment,
         **common,
     )
+    for operation in _operations(train):
+        if operation.aug_fn is timm_posterize:
+            operation.aug_fn = _posterize
     return train, create_transform(**common)
+
+
+def _operations(transform: Any) -> Iterator[AugmentOp]:
+    """The operations of timm's RandAugment, AutoAugment and AugMix within a transform."""
+    if isinstance(transform, AugmentOp):
+        yield transform
+    elif isinstance(transform, (list, tuple)):
+        for part in transform:
+            yield from _operations(part)
+    else:
+        for name in ('transforms', 'ops', 'policy'):
+            yield from _operations(getattr(transform, name, ()))
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+    # strong augmentation may leave no bit, which is black, and which Pillow 13 refuses
+    return timm_posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def _from_factory(recipe: Recipe) -> Splits:

@@ -140,6 +140,9 @@ class Trainer:
         """Steps taken so far."""
         return self.epoch * self.steps + self.step
 
+    def _lr(self) -> float:
+        return max(group['lr'] for group in self.optimizer.param_groups)
+
     def _autocast(self) -> Any:
         return torch.autocast(self.world.device.type, self._dtype, enabled=self._dtype is not None)
 
@@ -208,7 +211,6 @@ class Trainer:
         recipe, world, loader = self.recipe, self.world, self.job.train_loader
         self._start_phase()
         self._train_mode()
-        lr = max(group['lr'] for group in self.optimizer.param_groups)
         total = torch.tensor(self.total, dtype=torch.float64, device=_accurate(world.device))
         first, start = self.step, time.perf_counter()
         title = f'epoch {self.epoch + 1:{len(str(self.epochs))}}/{self.epochs}'
@@ -223,7 +225,7 @@ class Trainer:
                     bar.set_postfix_str(f'loss {loss:.3f}, {speed:.0f} images/s, {_duration(left)} to go')
                     self.tensorboard.scalars({
                         'train/loss': loss,
-                        'train/lr': max(group['lr'] for group in self.optimizer.param_groups),
+                        'train/lr': self._lr(),
                         'train/images_per_second': speed,
                     }, self.global_step)
                 if recipe.checkpoint_steps and self.step % recipe.checkpoint_steps == 0 and self.step < self.steps:
@@ -235,7 +237,7 @@ class Trainer:
         return dict(
             epoch=self.epoch + 1,
             step=self.global_step,
-            lr=lr,
+            lr=self._lr(),
             train_loss=mean,
             images_per_second=(self.steps - first) * loader.batch_size / seconds,
             unreadable=sum(world.gather(loader.take_unreadable())),
@@ -382,7 +384,7 @@ class Trainer:
         """The model with the weights of the best epoch, in evaluation mode, whole."""
         model = self.job.whole_model() if self.sharded else self.job.model
         model.load_state_dict(self.checkpoints.load_best()['model'])
-        return model.eval()
+        return model.to(memory_format=torch.contiguous_format).eval()
 
 
 def _matching(model: nn.Module, patterns: Iterable[str]) -> Tuple[str, ...]:

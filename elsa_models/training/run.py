@@ -62,12 +62,10 @@ def run_job(recipe: BaseRecipe, kind: Type[Job]) -> Result:
 
     random_seed(recipe.seed)
     job = kind(recipe, world)
-    lock = None
-    if world.is_main:
-        lock = _prepare(working, recipe)
+    trainer = Trainer(recipe, job, world, working)
+    lock = _prepare(working, recipe) if world.is_main else None
     world.barrier()
     try:
-        trainer = Trainer(recipe, job, world, working)
         trainer.run()
         best = trainer.history[trainer.best.epoch]
         if not world.is_main:
@@ -78,15 +76,13 @@ def run_job(recipe: BaseRecipe, kind: Type[Job]) -> Result:
         job.finish(trainer.best_model(), working, trainer.history)
     except BaseException:
         if lock is not None:
-            lock.release()
-            (working / _LOCK).unlink(missing_ok=True)
+            _release(lock)
             if not (working / CHECKPOINTS).exists():
                 shutil.rmtree(working)
             else:
                 _logger.warning('the run did not finish; the same command goes on from what is in %s', working)
         raise
-    lock.release()
-    (working / _LOCK).unlink(missing_ok=True)
+    _release(lock)
     check_replaceable(folder, names)
     move_into_place(working, folder)
     world.barrier()
@@ -110,7 +106,7 @@ def _prepare(working: Path, recipe: BaseRecipe) -> FileLock:
             except RecipeError as e:
                 differences = [str(e)]
             if differences:
-                lock.release()
+                _release(lock)
                 raise RecipeError(
                     f'resume: {working} holds an unfinished run of another recipe ({"; ".join(differences)}). Take'
                     f' another name, or start afresh with resume: false (--no-resume).')
@@ -120,6 +116,11 @@ def _prepare(working: Path, recipe: BaseRecipe) -> FileLock:
                     _remove(path)
     write_atomically(recipe.to_yaml(), file)
     return lock
+
+
+def _release(lock: FileLock) -> None:
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

@@ -47,5 +47,5 @@ def test_errors_are_one_line(tmp_path, arguments, message):
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.name)
 def test_recipes_are_valid(path):
     from elsa_models.training import load_recipe
-    from elsa_models.training.run import create_model
+    from elsa_models.training.classification import create_model
     create_model(load_recipe(path), num_classes=3)
