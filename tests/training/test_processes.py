@@ -100,8 +100,9 @@ def test_two_processes_follow_one(tmp_path, arguments):
             row2['val_top1'], row2['val_top5'], row2['val_images'])
 
 
-def test_two_processes_go_on(tmp_path):
-    arguments = ['--fsdp', '--ema-decay', '0.9', '--checkpoint-steps', '1']
+@pytest.mark.parametrize('arguments', [[], pytest.param(['--fsdp'], marks=pytest.mark.slow)])
+def test_two_processes_go_on(tmp_path, arguments):
+    arguments = [*arguments, '--ema-decay', '0.9', '--checkpoint-steps', '4', '--epochs', '1']
     _train(tmp_path / 'whole', *arguments, processes=2)
     process = _start(tmp_path / 'killed', *arguments, processes=2)
     checkpoint = tmp_path / 'killed' / 'digits-running' / 'checkpoints' / 'step-0000000004.pt'
