@@ -1,7 +1,7 @@
 """What the training scripts need and timm does not have: recipes, jobs, data, the loop, and the run that joins them."""
 from .classification import ClassificationJob
-from .config import BaseRecipe, Recipe, RecipeError, add_arguments, load_recipe
-from .data import LabelledImages, create_transforms, load_splits
+from .config import BaseRecipe, ImageValues, Recipe, RecipeError, Validation, Values, add_arguments, load_recipe
+from .data import LabelledImages, create_eval_transform, create_train_transform, load_splits
 from .files import OutputError, replace_folder
 from .job import Job
 from .loading import DataError, EvalLoader, TrainLoader
@@ -10,7 +10,8 @@ from .run import Result, run_job
 from .world import World
 
 __all__ = [
-    'BaseRecipe', 'ClassificationJob', 'DataError', 'DivergedError', 'EvalLoader', 'Job', 'LabelledImages',
-    'OutputError', 'Recipe', 'RecipeError', 'Result', 'TrainLoader', 'Trainer', 'World', 'add_arguments',
-    'create_transforms', 'load_recipe', 'load_splits', 'replace_folder', 'run_job',
+    'BaseRecipe', 'ClassificationJob', 'DataError', 'DivergedError', 'EvalLoader', 'ImageValues', 'Job',
+    'LabelledImages', 'OutputError', 'Recipe', 'RecipeError', 'Result', 'TrainLoader', 'Trainer', 'Validation',
+    'Values', 'World', 'add_arguments', 'create_eval_transform', 'create_train_transform', 'load_recipe',
+    'load_splits', 'replace_folder', 'run_job',
 ]

@@ -1,10 +1,10 @@
 """Classifiers: data, loss and evaluation of image classification."""
 import logging
 import math
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
-import numpy as np
 import timm
 import torch
 import torch.nn as nn
@@ -16,13 +16,14 @@ from timm.models import save_for_hf
 from timm.task import ClassificationTask
 from timm.task.task import TrainingTask
 from timm.utils import ModelEmaV3, unwrap_model
+from torch.utils.data import Dataset
 
 from ..export import export_onnx
 from ..layers import ElsaAttention
 from ..models._warm_start import warm_start
 from ..models.elsa_volo import ElsaVolo, token_label_loss
-from .config import Recipe, RecipeError
-from .data import Splits, create_transforms, load_splits
+from .config import ImageValues, Recipe, RecipeError
+from .data import LabelledImages, Splits, create_eval_transform, create_train_transform, load_splits
 from .job import Job
 from .loading import DataError, EvalLoader, TrainLoader
 from .world import World
@@ -51,6 +52,44 @@ class Predictions(NamedTuple):
             top5=100. * self.in_top5.sum().item() / number,
             images=number,
         )
+
+
+def on_device(loader: Any, data_config: Dict[str, Any], device: torch.device) -> PrefetchLoader:
+    """Batches of bytes, moved to the device ahead of time and normalised there."""
+    return PrefetchLoader(
+        loader,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        channels=data_config['input_size'][0],
+        device=device,
+    )
+
+
+def create_eval_loader(
+        dataset: Dataset,
+        batch_size: int,
+        world: World,
+        data_config: Dict[str, Any],
+        workers: int = 0,
+) -> EvalLoader:
+    """A loader for `predict`.
+
+    Args:
+        dataset: Images as bytes (C, H, W), and classes.
+        batch_size: Images of a batch of this process.
+        world: This process.
+        data_config: Size, mean and std, as `timm.data.resolve_data_config` returns them.
+        workers: Processes that load.
+    """
+    return EvalLoader(
+        dataset,
+        batch_size,
+        world,
+        missing=(torch.zeros(data_config['input_size'], dtype=torch.uint8), -1),
+        workers=workers,
+        collate=fast_collate,
+        wrap=partial(on_device, data_config=data_config, device=world.device),
+    )
 
 
 def predict(model: Any, loader: EvalLoader, world: World) -> Predictions:
@@ -162,28 +201,24 @@ class ClassificationJob(Job):
             DataError: The data cannot be used.
         """
         self.recipe, self.world = recipe, world
-        self.splits: Splits = load_splits(recipe)
+        self.splits: Splits = load_splits(recipe, batch_size=recipe.batch_size, seed=recipe.seed)
         num_classes = len(self.splits.class_names)
         model = create_model(recipe, num_classes).to(world.device)
-        self.data_config = _data_config(recipe, model)
-        channels = self.data_config['input_size'][0]
-        mode = {1: 'L', 3: 'RGB'}.get(channels)
-        if mode is None:
-            raise RecipeError(f'model_args: got {channels} input channels, must be 1 (grey) or 3.')
-        self.splits.set_mode(mode)
-        train_transform, self._eval_transform = create_transforms(recipe, self.data_config)
-        self.splits.train.transform = train_transform
+        self.data_config = resolve_images(recipe, model)
+        self.splits.set_mode(color_mode(self.data_config))
+        train, collate = self._train_images()
+        self.splits.val.transform = create_eval_transform(self.data_config)
         self.train_loader = TrainLoader(
-            self.splits.train,
+            train,
             recipe.batch_size,
             world,
             recipe.seed,
             accumulate=recipe.accumulate,
             workers=recipe.workers,
-            collate=fast_collate,
-            wrap=self._on_device,
+            collate=collate,
+            wrap=partial(on_device, data_config=self.data_config, device=world.device),
         )
-        self._eval_loader = self.create_eval_loader(world)
+        self._eval_loader = self._create_eval_loader(world)
         self.task = self._create_task(model)
         self._erase = None
         if recipe.re_prob:
@@ -199,29 +234,30 @@ class ClassificationJob(Job):
                 *self.data_config['input_size'][1:], world.device,
                 f' and {world.size - 1} more' if world.size > 1 else '')
 
-    def _on_device(self, loader: Any) -> PrefetchLoader:
-        """Batches of bytes moved to the device ahead of time and normalised there."""
-        return PrefetchLoader(
-            loader,
-            mean=self.data_config['mean'],
-            std=self.data_config['std'],
-            channels=self.data_config['input_size'][0],
-            device=self.world.device,
-        )
+    def _train_images(self) -> Tuple[Dataset, Callable]:
+        """The images to train on, transformed, and what makes batches of them."""
+        recipe, images = self.recipe, self.splits.train
+        if recipe.token_labels in (None, 'image'):
+            images.transform = create_train_transform(recipe, self.data_config)
+            return images, fast_collate
+        from . import token_labels
+        if not isinstance(images, LabelledImages):
+            raise RecipeError("token_labels: label maps are for images in folders; must be 'image' or none.")
+        if recipe.train_crop_mode != 'rrc':
+            raise RecipeError('train_crop_mode: must be rrc with label maps, which are cropped alike.')
+        maps = token_labels.LabelMaps(recipe.token_labels)
+        if maps.num_classes != len(self.splits.class_names):
+            raise RecipeError(
+                f'token_labels: the maps are of {maps.num_classes} classes, the data has'
+                f' {len(self.splits.class_names)}.')
+        transforms = create_train_transform(recipe, self.data_config, separate=True)
+        return token_labels.TokenLabelledImages(
+            images, maps, transforms, recipe.hflip, recipe.vflip), token_labels.collate
 
-    def create_eval_loader(self, world: World) -> EvalLoader:
+    def _create_eval_loader(self, world: World) -> EvalLoader:
         """The held-out images, shared among the processes of `world`."""
-        self.splits.val.transform = self._eval_transform
-        missing = np.zeros(self.data_config['input_size'], dtype=np.uint8), -1
-        return EvalLoader(
-            self.splits.val,
-            max(1, self.train_loader.batch_size // (self.world.size * self.recipe.accumulate)),
-            world,
-            missing,
-            workers=self.recipe.workers,
-            collate=fast_collate,
-            wrap=self._on_device,
-        )
+        batch_size = max(1, self.train_loader.batch_size // (self.world.size * self.recipe.accumulate))
+        return create_eval_loader(self.splits.val, batch_size, world, self.data_config, self.recipe.workers)
 
     def _create_task(self, model: nn.Module) -> TrainingTask:
         recipe, device = self.recipe, self.world.device
@@ -269,6 +305,11 @@ class ClassificationJob(Job):
             last = self.recipe.epochs + self.recipe.cooldown_epochs - self.recipe.mixup_off_epochs
             self._mixup.mixup_enabled = epoch < last
             images, targets = self._mixup(images, targets)
+        if self.recipe.token_labels not in (None, 'image'):
+            grid = self.model.patch_embed.grid_size
+            scale = self.model.pooling_scale
+            size = tuple(math.ceil(side / scale) for side in grid)
+            targets = targets.classes, targets.dense(size, len(self.splits.class_names))
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, targets
@@ -309,7 +350,7 @@ class ClassificationJob(Job):
             from . import figures
             alone = World(self.world.device)
             with torch.no_grad():
-                predictions = predict(model, self.create_eval_loader(alone), alone)
+                predictions = predict(model, self._create_eval_loader(alone), alone)
             figures.draw_curves(history, folder / CURVES)
             figures.draw_confusion(predictions.targets, predictions.predicted, class_names, folder / CONFUSION)
             if not self.splits.is_stream:
@@ -386,9 +427,26 @@ def save_model(
             raise RuntimeError(f'{folder}: the saved model, loaded again, differs from the trained one.')
 
 
-def _data_config(recipe: Recipe, model: nn.Module) -> Dict[str, Any]:
+def resolve_images(values: ImageValues, model: nn.Module) -> Dict[str, Any]:
+    """How a model is given images, as `timm.data.resolve_data_config` returns it.
+
+    Raises:
+        RecipeError: A value does not fit the model.
+    """
     names = ('crop_pct', 'interpolation', 'mean', 'std')
     try:
-        return resolve_input_data_config(model, args={name: getattr(recipe, name) for name in names})
+        return resolve_input_data_config(model, args={name: getattr(values, name) for name in names})
     except ValueError as e:
         raise RecipeError(str(e)) from e
+
+
+def color_mode(data_config: Dict[str, Any]) -> str:
+    """Pillow's mode of the images that a model takes.
+
+    Raises:
+        RecipeError: They are neither grey nor of three colours.
+    """
+    channels = data_config['input_size'][0]
+    if channels not in (1, 3):
+        raise RecipeError(f'model_args: got {channels} input channels, must be 1 (grey) or 3.')
+    return 'L' if channels == 1 else 'RGB'

@@ -29,12 +29,36 @@ def _value(
 
 
 @dataclasses.dataclass
-class BaseRecipe:
-    """What every training has: model, optimiser, schedule, machine, output. A job adds its own by subclassing.
+class Values:
+    """A flat set of typed values: the keys of a YAML file and the options of a script.
 
     Raises:
         RecipeError: A value has the wrong type or lies outside its range.
     """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = _convert(field.name, getattr(self, field.name), hints[field.name])
+            _check(field, value)
+            setattr(self, field.name, value)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, with every value spelled out."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: 'Values') -> List[str]:
+        """Values that decide the result and are not those of another recipe, one line for each."""
+        return [
+            f'{field.name}: {getattr(other, field.name)!r} there, {getattr(self, field.name)!r} here'
+            for field in dataclasses.fields(self)
+            if not field.metadata['free'] and getattr(self, field.name) != getattr(other, field.name)]
+
+
+@dataclasses.dataclass
+class BaseRecipe(Values):
+    """What every training has: model, optimiser, schedule, machine, output. A job adds its own by subclassing."""
     # model
     model: str = _value('test_elsa_swin', "timm's name of the model; local-dir:FOLDER for one saved by a former run")
     model_args: Dict[str, Any] = _value({}, 'further arguments of the model: img_size, kernel_size, ...')
@@ -93,34 +117,15 @@ class BaseRecipe:
     log_steps: int = _value(50, 'steps between looks at the loss', low=1, free=True)
     tensorboard: bool = _value(False, 'write logs for TensorBoard', free=True)
 
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = _convert(field.name, getattr(self, field.name), hints[field.name])
-            _check(field, value)
-            setattr(self, field.name, value)
-
     @property
     def run_name(self) -> str:
         """Name of the run's folder."""
         return self.name or 'run'
 
-    def to_yaml(self) -> str:
-        """The recipe as YAML, with every value spelled out."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-    def differences(self, other: 'BaseRecipe') -> List[str]:
-        """Values that decide the result and are not those of another recipe, one line for each."""
-        return [
-            f'{field.name}: {getattr(other, field.name)!r} there, {getattr(self, field.name)!r} here'
-            for field in dataclasses.fields(self)
-            if not field.metadata['free'] and getattr(self, field.name) != getattr(other, field.name)]
-
 
 @dataclasses.dataclass
-class Recipe(BaseRecipe):
-    """The recipe of a classifier. The fields are the keys of a YAML recipe and the options of the script."""
+class ImageValues(Values):
+    """Labelled images and how a model is given them."""
     # data
     data: str = _value('digits', "'digits' (scikit-learn's handwritten digits); a folder of class-named folders of"
                                  " images, or one that holds two of those, train and val; or a data set of timm's"
@@ -142,6 +147,10 @@ class Recipe(BaseRecipe):
     mean: Optional[Tuple[float, ...]] = _value(None, 'mean of each channel, of values between 0 and 1')
     std: Optional[Tuple[float, ...]] = _value(None, 'standard deviation of each channel')
 
+
+@dataclasses.dataclass
+class Recipe(ImageValues, BaseRecipe):
+    """The recipe of a classifier."""
     # augmentation
     train_crop_mode: str = _value('rrc', 'rrc: random resized crop; rkrc, rkrr: resize by a random ratio, then crop or'
                                          ' pad in the centre or at random', choices=('rrc', 'rkrc', 'rkrr'))
@@ -185,14 +194,33 @@ class Recipe(BaseRecipe):
         return self.name or Path(self.data).resolve().name or 'run'
 
 
-RecipeType = TypeVar('RecipeType', bound=BaseRecipe)
+@dataclasses.dataclass
+class Validation(ImageValues):
+    """What scripts/validate.py measures."""
+    model: str = _value('test_elsa_swin', "timm's name of the model, hf-hub:OWNER/NAME, or local-dir:FOLDER")
+    model_args: Dict[str, Any] = _value({}, 'further arguments of the model: img_size, kernel_size, ...')
+    pretrained: bool = _value(True, 'take the weights that the name stands for')
+    checkpoint: Optional[str] = _value(None, 'take the weights in this file instead')
+    onnx: Optional[str] = _value(None, 'measure this ONNX file; the model says how images are prepared')
+    part: str = _value('val', 'images to measure: those held out, those to train on, or all',
+                       choices=('val', 'train', 'all'))
+    batch_size: int = _value(64, 'images that are computed at once', low=1)
+    workers: int = _value(0, 'processes that load images', low=0)
+    device: str = _value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu')
+    amp: Optional[str] = _value(None, 'compute in bfloat16 or float16 where that is safe',
+                                choices=('bfloat16', 'float16'))
+    channels_last: bool = _value(False, 'keep images with their channels last in memory')
+    output: Optional[str] = _value(None, 'JSON file for the numbers')
+
+
+ValuesType = TypeVar('ValuesType', bound=Values)
 
 
 def load_recipe(
         path: Optional[Union[str, Path]] = None,
         overrides: Optional[Dict[str, Any]] = None,
-        kind: Type[RecipeType] = Recipe,
-) -> RecipeType:
+        kind: Type[ValuesType] = Recipe,
+) -> ValuesType:
     """Read a recipe from a YAML file.
 
     Args:
@@ -224,7 +252,7 @@ def load_recipe(
     return kind(**{**values, **overrides})
 
 
-def add_arguments(parser: argparse.ArgumentParser, kind: Type[BaseRecipe] = Recipe) -> None:
+def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) -> None:
     """Give a parser one option for each value of a recipe.
 
     Options that are not used leave no attribute behind, so that `vars` of the result are the overrides of
@@ -271,7 +299,7 @@ class _Mapping(argparse.Action):
         setattr(namespace, self.dest, mapping)
 
 
-def _check_keys(values: Dict[str, Any], kind: Type[BaseRecipe]) -> None:
+def _check_keys(values: Dict[str, Any], kind: Type[Values]) -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in known:

@@ -11,7 +11,7 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from .config import Recipe, RecipeError
+from .config import ImageValues, Recipe, RecipeError
 from .extras import require
 from .loading import DataError
 
@@ -34,15 +34,23 @@ class LabelledImages(Dataset):
     `transform` maps an image to what a sample holds; None leaves it.
     """
 
-    def __init__(self, images: Sequence[Union[Path, Image.Image]], targets: Sequence[int], mode: str = 'RGB') -> None:
+    def __init__(
+            self,
+            images: Sequence[Union[Path, Image.Image]],
+            targets: Sequence[int],
+            mode: str = 'RGB',
+            names: Optional[Sequence[str]] = None,
+    ) -> None:
         """
         Args:
             images: Images, or files that hold them.
             targets: Class of each image.
             mode: Colour mode, 'RGB' or 'L', that `image` returns.
+            names: Name of each image within its data set, their numbers if None.
         """
         self.images = list(images)
         self.targets = list(targets)
+        self.names = [str(i) for i in range(len(self.images))] if names is None else list(names)
         self.mode = mode
         self.transform: Optional[Callable[[Image.Image], Any]] = None
 
@@ -99,11 +107,26 @@ class Splits(NamedTuple):
     train: Union[LabelledImages, FactoryImages, IterableDataset]
     val: Union[LabelledImages, FactoryImages, IterableDataset]
     class_names: List[str]
+    one_source: bool = False  # whether both were drawn from the same images
 
     @property
     def is_stream(self) -> bool:
         """Whether the images can be read in their order only."""
         return isinstance(self.train, IterableDataset)
+
+    def part(self, name: str) -> Dataset:
+        """One part, 'train' or 'val', or 'all' of both.
+
+        Raises:
+            RecipeError: All of a data set whose parts are not of images in memory or files.
+        """
+        if name != 'all':
+            return self.train if name == 'train' else self.val
+        if not isinstance(self.train, LabelledImages):
+            raise RecipeError("part: this data set is read part by part; must be 'val' or 'train'.")
+        return LabelledImages(
+            self.train.images + self.val.images, self.train.targets + self.val.targets, self.train.mode,
+            self.train.names + self.val.names)
 
     def set_mode(self, mode: str) -> None:
         """Let both parts give images of a colour mode, 'RGB' or 'L'."""
@@ -127,12 +150,14 @@ class Splits(NamedTuple):
         return torch.bincount(torch.as_tensor(targets), minlength=len(self.class_names))
 
 
-def load_splits(recipe: Recipe, mode: str = 'RGB') -> Splits:
+def load_splits(recipe: ImageValues, mode: str = 'RGB', batch_size: int = 1, seed: int = 0) -> Splits:
     """Find the images to train on and those to hold out.
 
     Args:
         recipe: Says what to load and how much to hold out.
         mode: Colour mode of the images, 'RGB' or 'L'.
+        batch_size: Batches of streams, whose length is made a multiple of it.
+        seed: Order of streams.
 
     Raises:
         DataError: There are no images, a class has none, or there is one class only.
@@ -140,7 +165,7 @@ def load_splits(recipe: Recipe, mode: str = 'RGB') -> Splits:
     """
     parts = None
     if recipe.data.lower().startswith(_FACTORIES):
-        return _from_factory(recipe)
+        return _from_factory(recipe, batch_size, seed)
     if recipe.data == 'digits':
         images, targets, class_names = _digits()
     else:
@@ -161,32 +186,47 @@ def load_splits(recipe: Recipe, mode: str = 'RGB') -> Splits:
             class_names = _class_names(folder)
             images, targets = _folder_images(folder, class_names)
     generator = torch.Generator().manual_seed(recipe.val_seed)
-    if parts is None:
-        train, val = _hold_out(targets, class_names, recipe.val_fraction, recipe.limit, generator)
-        parts = [([images[i] for i in index], [targets[i] for i in index]) for index in (train, val)]
-    elif recipe.limit:
-        for n, (images, targets) in enumerate(parts):
-            index = sorted(i for group in _by_class(targets, generator).values() for i in group[:recipe.limit])
-            parts[n] = [images[i] for i in index], [targets[i] for i in index]
-    return Splits(*(LabelledImages(*part, mode=mode) for part in parts), class_names)
+    one_source = parts is None
+    if one_source:
+        chosen = _hold_out(targets, class_names, recipe.val_fraction, recipe.limit, generator)
+        parts = [(images, targets)] * 2
+    else:
+        chosen = [
+            sorted(i for group in _by_class(part[1], generator).values() for i in group[:recipe.limit or None])
+            for part in parts]
+    made = []
+    for (images, targets), index, folder in zip(parts, chosen, ('', '') if one_source else ('train', 'val')):
+        names = [_name(images[i], i, Path(recipe.data) / folder) for i in index]
+        made.append(LabelledImages([images[i] for i in index], [targets[i] for i in index], mode, names))
+    return Splits(*made, class_names, one_source)
 
 
-def create_transforms(recipe: Recipe, data_config: Dict[str, Any]) -> Tuple[Callable, Callable]:
-    """timm's transforms of training and of evaluation: from an image to its bytes (C, H, W), uint8.
+def _name(image: Union[Path, Image.Image], index: int, folder: Path) -> str:
+    return image.relative_to(folder).as_posix() if isinstance(image, Path) else str(index)
+
+
+def _common(data_config: Dict[str, Any]) -> Dict[str, Any]:
+    names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    return dict(**{name: data_config[name] for name in names}, use_prefetcher=True)  # normalised on the device
+
+
+def create_eval_transform(data_config: Dict[str, Any]) -> Callable:
+    """timm's transform of evaluation: from an image to its bytes (C, H, W), uint8.
+
+    Args:
+        data_config: Size, interpolation and so on, as `timm.data.resolve_data_config` returns them.
+    """
+    return create_transform(**_common(data_config))
+
+
+def create_train_transform(recipe: Recipe, data_config: Dict[str, Any], separate: bool = False) -> Any:
+    """timm's transform of training: from an image to its bytes (C, H, W), uint8.
 
     Args:
         recipe: Says how to augment.
         data_config: Size, interpolation and so on, as `timm.data.resolve_data_config` returns them.
+        separate: Return its three parts: geometry, colours, bytes.
     """
-    common = dict(
-        input_size=data_config['input_size'],
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
-        use_prefetcher=True,  # normalised on the device
-    )
     train = create_transform(
         is_training=True,
         train_crop_mode=recipe.train_crop_mode,
@@ -199,12 +239,13 @@ def create_transforms(recipe: Recipe, data_config: Dict[str, Any]) -> Tuple[Call
         grayscale_prob=recipe.grayscale_prob,
         gaussian_blur_prob=recipe.gaussian_blur_prob,
         auto_augment=recipe.auto_augment,
-        **common,
+        separate=separate,
+        **_common(data_config),
     )
     for operation in _operations(train):
         if operation.aug_fn is timm_posterize:
             operation.aug_fn = _posterize
-    return train, create_transform(**common)
+    return train
 
 
 def _operations(transform: Any) -> Iterator[AugmentOp]:
@@ -224,7 +265,7 @@ def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
     return timm_posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
 
 
-def _from_factory(recipe: Recipe) -> Splits:
+def _from_factory(recipe: ImageValues, batch_size: int, seed: int) -> Splits:
     """The two parts of a data set of timm's factory.
 
     Raises:
@@ -238,8 +279,8 @@ def _from_factory(recipe: Recipe) -> Splits:
                 root=recipe.data_dir,
                 split=split,
                 is_training=is_training,
-                batch_size=recipe.batch_size,
-                seed=recipe.seed,
+                batch_size=batch_size,
+                seed=seed,
                 **recipe.data_args,
             ))
         except Exception as e:  # a data set's library raises what it likes

@@ -2,17 +2,18 @@
 import math
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Sequence, Union
 
 import torch
 import torch.nn as nn
 
 from ..layers import ElsaAttention
-from .data import LabelledImages
+from .data import LabelledImages, create_eval_transform
 from .extras import require
 
 if TYPE_CHECKING:
     from .classification import Predictions
+    from .inference import Answer, Classifier
 
 _RIGHT, _WRONG, _QUERY = '#1b7837', '#c51b2b', '#ff7f0e'
 _MAX_HEADS = 6  # drawn for each layer
@@ -247,6 +248,89 @@ def draw_attention(
         'Spread: exp(entropy) of the attention over the number of neighbours, mean of the heads; dark pixels look at'
         ' few of them.', fontsize=10, color='0.3')
     _save(figure, path)
+
+
+def draw_contact_sheet(
+        answers: Sequence['Answer'],
+        path: Union[str, Path],
+        columns: int = 6,
+        most: int = 60,
+) -> None:
+    """Draw a grid of images with their likeliest classes.
+
+    Args:
+        answers: Images and classes.
+        path: PNG to write.
+        columns: Columns of the grid, at most.
+        most: Images to show, at most.
+    """
+    shown = answers[:most]
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = _new_figure(max(2.1 * columns, 3.), 2.5 * rows + 0.4)
+    if len(shown) < len(answers):
+        figure.supxlabel(f'the first {len(shown)} of {len(answers)} images', fontsize=10, color='0.3')
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
+        ax.axis('off')
+    for ax, answer in zip(axes, shown, strict=False):
+        _show(ax, _thumbnail(answer.file))
+        lines = [f'{_short(label)} {p:.0%}' for label, p in zip(answer.labels[:3], answer.probabilities, strict=False)]
+        ax.set_title('\n'.join(lines), fontsize=8, pad=3)
+    _save(figure, path)
+
+
+def draw_overlays(
+        classifier: 'Classifier',
+        answers: Sequence['Answer'],
+        path: Union[str, Path],
+        most: int = 8,
+) -> None:
+    """Draw over images how sharp local attention is: a row for each image, a column for each resolution.
+
+    The colour is the part of its K * K neighbours over which a pixel spreads its attention, exp(entropy) / K * K, mean
+    of the heads, of the last layer of that resolution.
+
+    Args:
+        classifier: Holds a model with `ElsaAttention`.
+        answers: Images and classes.
+        path: PNG to write.
+        most: Images to show, at most.
+    """
+    config = classifier.data_config
+    transform = create_eval_transform(config)
+    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+    rows = []
+    for answer in answers[:most]:
+        image = LabelledImages([Path(answer.file)], [0], 'L' if config['input_size'][0] == 1 else 'RGB').image(0)
+        tensor = (torch.as_tensor(transform(image)) / 255. - mean) / std
+        layers = {tuple(layer.weights.shape[:2]): layer for layer in attention_layers(classifier.model, tensor)}
+        rows.append((answer, _as_picture(tensor), list(layers.values())))
+    columns = 1 + max(len(layers) for _, _, layers in rows)
+    figure = _new_figure(2.6 * columns + 0.8, 2.9 * len(rows) + 1.)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (answer, picture, layers) in zip(axes, rows, strict=True):
+        for ax in row:
+            _clean(ax)
+        row[0].imshow(picture, cmap='gray')
+        row[0].set_title(f'{_short(answer.labels[0])} {answer.probabilities[0]:.0%}', fontsize=10)
+        height, width = picture.shape[:2]
+        for ax, layer in zip(row[1:], layers, strict=False):
+            grey = picture if picture.ndim == 2 else picture.mean(axis=2)
+            ax.imshow(grey, cmap='gray', extent=(0, width, height, 0))
+            spread = ax.imshow(
+                (_spread(layer) / layer.kernel_size ** 2).numpy(), cmap='magma', vmin=0., vmax=1., alpha=0.6,
+                extent=(0, width, height, 0), interpolation='bilinear')
+            H, W = layer.weights.shape[:2]
+            ax.set_title(f'map of {H} × {W}, {layer.kernel_size} × {layer.kernel_size} neighbours', fontsize=9)
+    figure.colorbar(spread, ax=axes, shrink=0.6, label='part of the neighbours in use')
+    _save(figure, path)
+
+
+def _thumbnail(file: str) -> Any:
+    image = LabelledImages([Path(file)], [0]).image(0)
+    image.thumbnail((400, 400))
+    return image
 
 
 def _choose_query(layer: AttentionLayer) -> List[int]:

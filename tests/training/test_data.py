@@ -5,7 +5,14 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from elsa_models.training import DataError, Recipe, RecipeError, create_transforms, load_splits
+from elsa_models.training import (
+    DataError,
+    Recipe,
+    RecipeError,
+    create_eval_transform,
+    create_train_transform,
+    load_splits,
+)
 
 DATA_CONFIG = dict(
     input_size=(3, 16, 16), interpolation='bilinear', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1., crop_mode='center')
@@ -138,7 +145,7 @@ def test_images_are_upright(tmp_path, image_folder):
 def test_transforms_give_bytes(image_folder):
     recipe = Recipe(data=str(image_folder), color_jitter=0.)
     splits = load_splits(recipe)
-    for transform in create_transforms(recipe, DATA_CONFIG):
+    for transform in (create_train_transform(recipe, DATA_CONFIG), create_eval_transform(DATA_CONFIG)):
         for i, target in enumerate(splits.train.targets):
             image = transform(splits.train.image(i))
             assert image.shape == (3, 16, 16) and str(image.dtype).endswith('uint8')
@@ -152,7 +159,7 @@ def test_transforms_give_bytes(image_folder):
 def test_augmentation_of_any_strength(auto_augment):
     # Pillow refuses to posterize to no bits, which timm asks for
     random.seed(0)
-    transform, _ = create_transforms(Recipe(auto_augment=auto_augment), DATA_CONFIG)
+    transform = create_train_transform(Recipe(auto_augment=auto_augment), DATA_CONFIG)
     for _ in range(100):
         assert transform(Image.effect_noise((20, 20), 50.).convert('RGB')).shape == (3, 16, 16)
 
