@@ -29,6 +29,7 @@ from elsa_models.training import (
     load_recipe,
     run_job,
 )
+from elsa_models.training.world import leave_world
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -66,4 +67,6 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    status = main()
+    leave_world()
+    sys.exit(status)

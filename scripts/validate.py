@@ -19,7 +19,7 @@ import elsa_models  # noqa: F401, registers the models
 from elsa_models.training import DataError, OutputError, RecipeError, Validation, add_arguments, load_recipe
 from elsa_models.training.files import write_atomically
 from elsa_models.training.inference import validate
-from elsa_models.training.world import join_world
+from elsa_models.training.world import join_world, leave_world
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -50,4 +50,6 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    status = main()
+    leave_world()
+    sys.exit(status)

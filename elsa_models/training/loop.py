@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import dispatch_clip_grad, unwrap_model
+from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 
 from . import sharding
 from .checkpoint import Checkpoints
@@ -259,6 +259,8 @@ class Trainer:
         model = task.get_eval_model(ema=ema)
         if not ema and hasattr(model, 'no_sync'):  # evaluation needs no DDP
             model = model.module
+        if self.world.size > 1:  # statistics of batches: those that are saved
+            distribute_bn(model, self.world.size, reduce=False)
         with torch.no_grad(), self._autocast():
             return self.job.evaluate(model)
 
