@@ -134,6 +134,7 @@ class Trainer:
         self._inner = task.get_trainable_module()  # without DDP
         self._resting: Tuple[str, ...] = ()
         self._trains_head: Optional[bool] = None
+        self.tensorboard = TensorBoard(None)
 
     @property
     def global_step(self) -> int:
@@ -269,7 +270,7 @@ class Trainer:
 
         Raises:
             DivergedError: The loss or the weights are not finite.
-            OutputError: A checkpoint cannot be written.
+            OutputError: A checkpoint cannot be written, or none of those there are can be read.
             DataError: The data cannot be read.
         """
         self.resume()

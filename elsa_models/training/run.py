@@ -73,7 +73,10 @@ def run_job(recipe: BaseRecipe, kind: Type[Job]) -> Result:
             return Result(folder, [], best, job)
         for name in kind.outputs:
             _remove(working / name)
-        job.finish(trainer.best_model(), working, trainer.history)
+        try:
+            job.finish(trainer.best_model(), working, trainer.history)
+        except OSError as e:
+            raise OutputError(f'{working}: the results cannot be written ({e}). The checkpoints are there.') from e
     except BaseException:
         if lock is not None:
             _release(lock)

@@ -204,6 +204,15 @@ def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, mo
         assert _weights(second) != before['model/model.safetensors']
 
 
+def test_full_disk_at_the_end_is_a_clear_error(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match='the results cannot be written .*No space'):
+        patch.setattr(sys.modules['elsa_models.training.classification'], 'save_for_hf',
+                      lambda *args, **kwargs: (_ for _ in ()).throw(OSError('No space left on device')))
+        _run(tmp_path, epochs=1)
+    assert (tmp_path / 'output' / 'digits-running' / 'checkpoints' / 'best.pt').exists()
+    assert _run(tmp_path, epochs=1).metrics['epoch'] == 1
+
+
 def _interrupted(tmp_path, monkeypatch, **kwargs):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ClassificationJob, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
