@@ -117,9 +117,9 @@ class Trainer:
             parameter.requires_grad_(not _is_below(name, self._frozen))
         if not any(p.requires_grad for p in model.parameters()):
             raise RecipeError(f'freeze: {", ".join(recipe.freeze)} leaves nothing to train.')
-        if recipe.ema_decay is not None:
-            task.setup_ema(decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
         self.sharded = recipe.fsdp and world.size > 1
+        if recipe.ema_decay is not None:  # weights that are spread and buffers that are not do not go in one call
+            task.setup_ema(decay=recipe.ema_decay, use_warmup=recipe.ema_warmup, foreach=not self.sharded)
         if self.sharded:
             sharding.shard(model, world)
             if recipe.ema_decay is not None:

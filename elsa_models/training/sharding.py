@@ -54,4 +54,8 @@ def load_full_state(model: nn.Module, state: Dict[str, torch.Tensor]) -> None:
 
 def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
     """Give each process its part of the optimiser's state."""
-    set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
+    options = StateDictOptions(full_state_dict=True, strict=False)  # what has not been trained yet has no state
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    for name, parameter in model.named_parameters():
+        if name not in state['state']:  # torch has made one, as after a step
+            optimizer.state.pop(parameter, None)

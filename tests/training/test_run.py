@@ -318,7 +318,7 @@ def test_digits_recipe_reaches_its_accuracy(tmp_path):
 def test_fine_tuning_beats_training_from_scratch(tmp_path):
     """Other classes, image channels and size than those of the checkpoint; the same budget."""
     common = dict(
-        output=str(tmp_path), hflip=0., color_jitter=0., scale=(0.6, 1.), crop_pct=1., lr=2e-3, clip_grad=1.,
+        output=str(tmp_path / 'output'), hflip=0., color_jitter=0., scale=(0.6, 1.), crop_pct=1., lr=2e-3, clip_grad=1.,
         onnx=False, figures=False, batch_size=32)
     digits = load_splits(Recipe())
 
