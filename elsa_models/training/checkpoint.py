@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Union
 
 import torch
 
-from .files import OutputError
+from .._files import OutputError
 
 _logger = logging.getLogger(__name__)
 

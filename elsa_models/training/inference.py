@@ -13,10 +13,10 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .._extras import require
 from .classification import color_mode, create_eval_loader, predict, resolve_images
 from .config import ImageValues, RecipeError, Validation
 from .data import LabelledImages, create_eval_transform, load_splits
-from .extras import require
 from .loading import DataError
 from .world import World, join_world
 

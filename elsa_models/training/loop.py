@@ -14,10 +14,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 
+from .._extras import require
 from . import sharding
 from .checkpoint import Checkpoints
 from .config import BaseRecipe, RecipeError
-from .extras import require
 from .job import Job
 from .logs import TensorBoard, write_csv
 from .world import World, mix_seed, seed_all

@@ -7,9 +7,9 @@ from typing import Any, Dict, List, NamedTuple, Type
 from filelock import FileLock, Timeout
 from timm.utils import random_seed
 
+from .._extras import require
+from .._files import OutputError, check_replaceable, move_into_place, write_atomically
 from .config import BaseRecipe, RecipeError, load_recipe
-from .extras import require
-from .files import OutputError, check_replaceable, move_into_place, write_atomically
 from .job import Job
 from .loop import CHECKPOINTS, LOG, TENSORBOARD, Trainer
 from .world import join_world
