@@ -11,7 +11,7 @@ _logger = logging.getLogger(__name__)
 
 
 class OutputError(ValueError):
-    """A folder that must not be replaced."""
+    """A result that cannot be written, or a folder that must not be replaced."""
 
 
 def write_atomically(data: Union[str, bytes], path: Union[str, Path]) -> None:
@@ -87,10 +87,21 @@ def replace_folder(folder: Union[str, Path], names: Collection[str], keep: str =
         else:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    move_into_place(temporary, folder)
+
+
+def move_into_place(temporary: Union[str, Path], folder: Union[str, Path]) -> None:
+    """Rename a folder to another beside it, and remove the one that it replaces.
+
+    Args:
+        temporary: Folder that is complete.
+        folder: Name that it takes. A folder of this name is lost.
+    """
+    temporary, folder = Path(temporary), Path(folder)
     if not folder.exists():
         temporary.rename(folder)
         return
-    former = folder.with_name(f'.{folder.name}-{suffix}-former')
+    former = folder.with_name(f'.{folder.name}-{uuid.uuid4().hex[:8]}-former')
     folder.rename(former)
     try:
         temporary.rename(folder)

@@ -1,10 +1,17 @@
-"""What the training script needs and timm does not have: recipe, data, loop, figures, and the run that joins them."""
+"""What the training scripts need and timm does not have: recipes, jobs, data, the loop, and the run that joins them."""
 from .._files import OutputError, replace_folder
-from .config import Recipe, RecipeError, add_arguments, load_recipe
-from .data import DataError, LabelledImages, create_loaders, load_splits
-from .run import Result, run
+from .classification import ClassificationJob
+from .config import BaseRecipe, ImageValues, Recipe, RecipeError, Validation, Values, add_arguments, load_recipe
+from .data import LabelledImages, create_eval_transform, create_train_transform, load_splits
+from .job import Job
+from .loading import DataError, EvalLoader, TrainLoader
+from .loop import DivergedError, Trainer
+from .run import Result, run_job
+from .world import World
 
 __all__ = [
-    'DataError', 'LabelledImages', 'OutputError', 'Recipe', 'RecipeError', 'Result', 'add_arguments',
-    'create_loaders', 'load_recipe', 'load_splits', 'replace_folder', 'run',
+    'BaseRecipe', 'ClassificationJob', 'DataError', 'DivergedError', 'EvalLoader', 'ImageValues', 'Job',
+    'LabelledImages', 'OutputError', 'Recipe', 'RecipeError', 'Result', 'TrainLoader', 'Trainer', 'Validation',
+    'Values', 'World', 'add_arguments', 'create_eval_transform', 'create_train_transform', 'load_recipe',
+    'load_splits', 'replace_folder', 'run_job',
 ]

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -19,78 +19,22 @@ def _value(
         low: float = -math.inf,
         high: float = math.inf,
         choices: Tuple[str, ...] = (),
+        free: bool = False,
 ) -> Any:
-    metadata = dict(help=help, low=low, high=high, choices=choices)
+    # free values decide nothing about the result
+    metadata = dict(help=help, low=low, high=high, choices=choices, free=free)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
-class Recipe:
-    """Everything that decides a run. The fields are the keys of a YAML recipe and the options of the script.
+class Values:
+    """A flat set of typed values: the keys of a YAML file and the options of a script.
 
     Raises:
         RecipeError: A value has the wrong type or lies outside its range.
     """
-    # data
-    data: str = _value('digits', "'digits' (scikit-learn's handwritten digits), or a folder of class-named folders of"
-                                 " images, or one that holds two of those, train and val")
-    val_fraction: float = _value(0.25, 'part of each class to hold out, where the data has no part of its own for it',
-                                 low=0.01, high=0.99)
-    val_seed: int = _value(0, 'seed that draws the held-out part; the same for runs that are to be compared')
-    limit: int = _value(0, 'use at most this many images of each class, 0 for all', low=0)
-    workers: int = _value(0, 'processes that load images, 0 for none beside the main one', low=0)
-
-    # model
-    model: str = _value('test_elsa_swin', "timm's name of the model; local-dir:FOLDER for one saved by a former run")
-    model_args: Dict[str, Any] = _value({}, 'further arguments of the model: img_size, kernel_size, ...')
-    pretrained: bool = _value(False, "start from the model's weights instead of random ones")
-    checkpoint: Optional[str] = _value(None, 'start from the weights in this file; a classifier of other classes is'
-                                             ' left out')
-
-    # images: None takes the model's own value
-    crop_pct: Optional[float] = _value(None, 'part of the resized image that is kept in evaluation', low=0.01)
-    interpolation: Optional[str] = _value(None, 'bilinear, bicubic, lanczos or nearest',
-                                          choices=('bilinear', 'bicubic', 'lanczos', 'nearest'))
-    mean: Optional[Tuple[float, ...]] = _value(None, 'mean of each channel, of values between 0 and 1')
-    std: Optional[Tuple[float, ...]] = _value(None, 'standard deviation of each channel')
-
-    # augmentation
-    train_crop_mode: str = _value('rrc', 'rrc: random resized crop; rkrc, rkrr: resize by a random ratio, then crop or'
-                                         ' pad in the centre or at random', choices=('rrc', 'rkrc', 'rkrr'))
-    scale: Tuple[float, float] = _value((0.08, 1.), 'range of the crop, as a part of the area', low=0.)
-    ratio: Tuple[float, float] = _value((3. / 4., 4. / 3.), 'range of the aspect ratio of the crop', low=0.01)
-    hflip: float = _value(0.5, 'probability of a horizontal flip', low=0., high=1.)
-    vflip: float = _value(0., 'probability of a vertical flip', low=0., high=1.)
-    color_jitter: float = _value(0.4, 'strength of brightness, contrast and saturation jitter', low=0.)
-    auto_augment: Optional[str] = _value(None, "timm's specification, such as rand-m9-mstd0.5-inc1")
-    re_prob: float = _value(0., 'probability of random erasing', low=0., high=1.)
-
-    # training
-    epochs: int = _value(30, 'passes over the training images', low=1)
-    batch_size: int = _value(64, 'images in each step', low=1)
-    loss: str = _value('ce', 'ce: cross-entropy; bce: binary cross-entropy; poly', choices=('ce', 'bce', 'poly'))
-    smoothing: float = _value(0.1, 'label smoothing', low=0., high=1.)
-    opt: str = _value('adamw', "timm's name of the optimiser")
-    opt_args: Dict[str, Any] = _value({}, 'further arguments of the optimiser')
-    lr: float = _value(1e-3, 'learning rate after warmup', low=0.)
-    weight_decay: float = _value(0.05, 'weight decay', low=0.)
-    layer_decay: Optional[float] = _value(None, 'factor of the learning rate from each layer to the one below', low=0.)
-    clip_grad: Optional[float] = _value(None, 'largest norm of the gradient', low=0.)
-    sched: str = _value('cosine', "timm's name of the learning rate schedule",
-                        choices=('cosine', 'tanh', 'poly', 'wsd', 'rsqrt', 'constant', 'none'))
-    warmup_epochs: float = _value(2., 'epochs of linear warmup, at most half of all', low=0.)
-    warmup_lr: float = _value(1e-6, 'learning rate at the start of warmup', low=0.)
-    min_lr: float = _value(0., 'learning rate at the end', low=0.)
-    device: str = _value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu')
-    seed: int = _value(42, 'seed of initialisation, augmentation and order', low=0)
-
-    # output
-    output: str = _value('output', 'folder in which the run gets one of its own')
-    name: str = _value('', 'name of that folder; that of the data if empty')
-    figures: bool = _value(True, 'draw the predictions and the attention')
-    onnx: bool = _value(True, 'export to ONNX and check it in ONNX Runtime')
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -99,23 +43,190 @@ class Recipe:
             _check(field, value)
             setattr(self, field.name, value)
 
+    def to_yaml(self) -> str:
+        """The recipe as YAML, with every value spelled out."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    def differences(self, other: 'Values') -> List[str]:
+        """Values that decide the result and are not those of another recipe, one line for each."""
+        return [
+            f'{field.name}: {getattr(other, field.name)!r} there, {getattr(self, field.name)!r} here'
+            for field in dataclasses.fields(self)
+            if not field.metadata['free'] and getattr(self, field.name) != getattr(other, field.name)]
+
+
+@dataclasses.dataclass
+class BaseRecipe(Values):
+    """What every training has: model, optimiser, schedule, machine, output. A job adds its own by subclassing."""
+    # model
+    model: str = _value('test_elsa_swin', "timm's name of the model; local-dir:FOLDER for one saved by a former run")
+    model_args: Dict[str, Any] = _value({}, 'further arguments of the model: img_size, kernel_size, ...')
+    pretrained: bool = _value(False, "start from the model's weights instead of random ones")
+    checkpoint: Optional[str] = _value(None, 'start from the weights in this file; a classifier of other classes is'
+                                             ' left out')
+    warm_start: Optional[str] = _value(None, 'start from what a related model shares with this one: a name of timm, as'
+                                             ' volo_d1_224.sail_in1k, or a file; see elsa_models.warm_start')
+    freeze: Tuple[str, ...] = _value((), 'modules whose weights and statistics stay, by name or pattern: patch_embed,'
+                                         ' layers.[01]')
+    head_epochs: int = _value(0, 'first epochs that train the classifier alone', low=0)
+
+    # optimiser and schedule
+    epochs: int = _value(30, 'passes over the training images', low=1)
+    cooldown_epochs: int = _value(0, 'further epochs at the final learning rate', low=0)
+    batch_size: int = _value(64, 'images in each step, over all processes and accumulated parts', low=1)
+    accumulate: int = _value(1, 'parts that a process computes one after the other, for less memory', low=1)
+    opt: str = _value('adamw', "timm's name of the optimiser")
+    opt_args: Dict[str, Any] = _value({}, 'further arguments of the optimiser')
+    lr: float = _value(1e-3, 'learning rate after warmup', low=0.)
+    weight_decay: float = _value(0.05, 'weight decay', low=0.)
+    layer_decay: Optional[float] = _value(None, 'factor of the learning rate from each layer to the one below', low=0.)
+    clip_grad: Optional[float] = _value(None, 'largest gradient, as clip_mode measures it', low=0.)
+    clip_mode: str = _value('norm', 'norm: of all gradients; value: of each; agc: relative to the weights',
+                            choices=('norm', 'value', 'agc'))
+    sched: str = _value('cosine', "timm's name of the learning rate schedule",
+                        choices=('cosine', 'tanh', 'poly', 'step', 'multistep', 'wsd', 'rsqrt', 'constant', 'none'))
+    sched_args: Dict[str, Any] = _value({}, 'further arguments of the schedule: decay_epochs, decay_rate,'
+                                            ' decay_milestones, ...')
+    warmup_epochs: float = _value(2., 'epochs of linear warmup, at most half of all', low=0.)
+    warmup_lr: float = _value(1e-6, 'learning rate at the start of warmup', low=0.)
+    min_lr: float = _value(0., 'learning rate at the end', low=0.)
+    ema_decay: Optional[float] = _value(None, 'keep a moving average of the weights with this decay, and evaluate and'
+                                              ' save that', low=0., high=1.)
+    ema_warmup: bool = _value(False, 'let the decay rise from 0 at the start')
+    seed: int = _value(42, 'seed of initialisation, augmentation and order', low=0)
+
+    # machine: what changes no result beyond rounding may change between a run and its continuation
+    device: str = _value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu', free=True)
+    workers: int = _value(0, 'processes that load images, for each process that trains; 0 for none', low=0, free=True)
+    amp: Optional[str] = _value(None, 'compute in bfloat16 or float16 where that is safe',
+                                choices=('bfloat16', 'float16'))
+    grad_checkpointing: bool = _value(False, 'compute activations twice instead of keeping them', free=True)
+    channels_last: bool = _value(False, 'keep images with their channels last in memory', free=True)
+    compile: bool = _value(False, 'compile the model', free=True)
+    fsdp: bool = _value(False, 'spread weights, gradients and optimiser over the processes (FSDP2), not only images',
+                        free=True)
+
+    # output
+    output: str = _value('output', 'folder in which the run gets one of its own', free=True)
+    name: str = _value('', 'name of that folder; that of the data if empty', free=True)
+    resume: bool = _value(True, 'go on with an unfinished run of the same name; otherwise start it afresh', free=True)
+    checkpoint_steps: int = _value(0, 'steps between checkpoints within an epoch, 0 for none but at its end', low=0,
+                                   free=True)
+    keep_checkpoints: int = _value(2, 'newest checkpoints to keep', low=1, free=True)
+    log_steps: int = _value(50, 'steps between looks at the loss', low=1, free=True)
+    tensorboard: bool = _value(False, 'write logs for TensorBoard', free=True)
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run's folder."""
+        return self.name or 'run'
+
+
+@dataclasses.dataclass
+class ImageValues(Values):
+    """Labelled images and how a model is given them."""
+    # data
+    data: str = _value('digits', "'digits' (scikit-learn's handwritten digits); a folder of class-named folders of"
+                                 " images, or one that holds two of those, train and val; or a data set of timm's"
+                                 " factory: torch/NAME, hfds/NAME, hfids/NAME, wds/NAME")
+    data_dir: Optional[str] = _value(None, "root folder or address of a data set of timm's factory")
+    data_args: Dict[str, Any] = _value({}, "further arguments of timm's factory: input_key, target_key, ...")
+    train_split: str = _value('train', "name of the part to train on, for timm's factory")
+    val_split: str = _value('validation', "name of the part to hold out, for timm's factory")
+    num_classes: Optional[int] = _value(None, 'number of classes, where the data does not say', low=2)
+    val_fraction: float = _value(0.25, 'part of each class to hold out, where the data has no part of its own for it',
+                                 low=0.01, high=0.99)
+    val_seed: int = _value(0, 'seed that draws the held-out part; the same for runs that are to be compared')
+    limit: int = _value(0, 'use at most this many images of each class, 0 for all', low=0)
+
+    # images: None takes the model's own value
+    crop_pct: Optional[float] = _value(None, 'part of the resized image that is kept in evaluation', low=0.01)
+    interpolation: Optional[str] = _value(None, 'bilinear, bicubic, lanczos or nearest',
+                                          choices=('bilinear', 'bicubic', 'lanczos', 'nearest'))
+    mean: Optional[Tuple[float, ...]] = _value(None, 'mean of each channel, of values between 0 and 1')
+    std: Optional[Tuple[float, ...]] = _value(None, 'standard deviation of each channel')
+
+
+@dataclasses.dataclass
+class Recipe(ImageValues, BaseRecipe):
+    """The recipe of a classifier."""
+    # augmentation
+    train_crop_mode: str = _value('rrc', 'rrc: random resized crop; rkrc, rkrr: resize by a random ratio, then crop or'
+                                         ' pad in the centre or at random', choices=('rrc', 'rkrc', 'rkrr'))
+    scale: Tuple[float, float] = _value((0.08, 1.), 'range of the crop, as a part of the area', low=0.)
+    ratio: Tuple[float, float] = _value((3. / 4., 4. / 3.), 'range of the aspect ratio of the crop', low=0.01)
+    hflip: float = _value(0.5, 'probability of a horizontal flip', low=0., high=1.)
+    vflip: float = _value(0., 'probability of a vertical flip', low=0., high=1.)
+    color_jitter: float = _value(0.4, 'strength of brightness, contrast and saturation jitter', low=0.)
+    color_jitter_prob: Optional[float] = _value(None, 'probability of that jitter', low=0., high=1.)
+    grayscale_prob: float = _value(0., 'probability of grey', low=0., high=1.)
+    gaussian_blur_prob: float = _value(0., 'probability of a blur', low=0., high=1.)
+    auto_augment: Optional[str] = _value(None, "timm's specification, such as rand-m9-mstd0.5-inc1")
+    re_prob: float = _value(0., 'probability of random erasing', low=0., high=1.)
+    re_mode: str = _value('pixel', 'what random erasing puts there: const (black), rand (one colour), pixel (noise)',
+                          choices=('const', 'rand', 'pixel'))
+    re_count: int = _value(1, 'boxes that random erasing takes', low=1)
+    mixup: float = _value(0., 'alpha of mixup, 0 for none', low=0.)
+    cutmix: float = _value(0., 'alpha of cutmix, 0 for none', low=0.)
+    mixup_prob: float = _value(1., 'probability of either', low=0., high=1.)
+    mixup_switch_prob: float = _value(0.5, 'probability of cutmix where both are used', low=0., high=1.)
+    mixup_mode: str = _value('batch', 'draw for each batch, pair or image', choices=('batch', 'pair', 'elem'))
+    mixup_off_epochs: int = _value(0, 'last epochs without either', low=0)
+
+    # loss
+    loss: str = _value('ce', 'ce: cross-entropy; bce: binary cross-entropy; poly; asl',
+                       choices=('ce', 'bce', 'poly', 'asl'))
+    smoothing: float = _value(0.1, 'label smoothing', low=0., high=1.)
+    class_balance: Optional[str] = _value(None, "weight classes by their images, timm's method; with ce or bce",
+                                          choices=('inv_freq', 'effective_num'))
+    token_labels: Optional[str] = _value(None, "train every token of an ELSA-VOLO: 'image' gives it the label of its"
+                                               " image; a folder, label maps made by scripts/make_token_labels.py")
+    token_weight: float = _value(0.5, "weight of the tokens' loss", low=0.)
+
+    # output
+    figures: bool = _value(True, 'draw curves, confusion, predictions and attention', free=True)
+    onnx: bool = _value(True, 'export to ONNX and check it in ONNX Runtime', free=True)
+
     @property
     def run_name(self) -> str:
         """Name of the run's folder."""
         return self.name or Path(self.data).resolve().name or 'run'
 
-    def to_yaml(self) -> str:
-        """The recipe as YAML, in the order of the fields, with every value spelled out."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+@dataclasses.dataclass
+class Validation(ImageValues):
+    """What scripts/validate.py measures."""
+    model: str = _value('test_elsa_swin', "timm's name of the model, hf-hub:OWNER/NAME, or local-dir:FOLDER")
+    model_args: Dict[str, Any] = _value({}, 'further arguments of the model: img_size, kernel_size, ...')
+    pretrained: bool = _value(True, 'take the weights that the name stands for')
+    checkpoint: Optional[str] = _value(None, 'take the weights in this file instead')
+    onnx: Optional[str] = _value(None, 'measure this ONNX file; the model says how images are prepared')
+    part: str = _value('val', 'images to measure: those held out, those to train on, or all',
+                       choices=('val', 'train', 'all'))
+    batch_size: int = _value(64, 'images that are computed at once', low=1)
+    workers: int = _value(0, 'processes that load images', low=0)
+    device: str = _value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu')
+    amp: Optional[str] = _value(None, 'compute in bfloat16 or float16 where that is safe',
+                                choices=('bfloat16', 'float16'))
+    channels_last: bool = _value(False, 'keep images with their channels last in memory')
+    output: Optional[str] = _value(None, 'JSON file for the numbers')
 
 
-def load_recipe(path: Optional[Union[str, Path]] = None, overrides: Optional[Dict[str, Any]] = None) -> Recipe:
+ValuesType = TypeVar('ValuesType', bound=Values)
+
+
+def load_recipe(
+        path: Optional[Union[str, Path]] = None,
+        overrides: Optional[Dict[str, Any]] = None,
+        kind: Type[ValuesType] = Recipe,
+) -> ValuesType:
     """Read a recipe from a YAML file.
 
     Args:
         path: File to read; None takes the default of every value.
         overrides: Values that go before those of the file. Entries of a mapping are added to the file's.
+        kind: Class of the recipe.
 
     Raises:
         RecipeError: The file cannot be read, has an unknown key or a value of the wrong type, or an override has.
@@ -129,19 +240,19 @@ def load_recipe(path: Optional[Union[str, Path]] = None, overrides: Optional[Dic
         if not isinstance(values, dict):
             raise RecipeError(f'{path}: holds a {type(values).__name__}, must be a mapping of keys to values.')
         try:
-            _check_keys(values)
-            Recipe(**values)
+            _check_keys(values, kind)
+            kind(**values)
         except RecipeError as e:
             raise RecipeError(f'{path}: {e}') from None
     overrides = dict(overrides or {})
-    _check_keys(overrides)
+    _check_keys(overrides, kind)
     for key, value in overrides.items():
         if isinstance(value, dict) and values.get(key):
             overrides[key] = {**values[key], **value}
-    return Recipe(**{**values, **overrides})
+    return kind(**{**values, **overrides})
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) -> None:
     """Give a parser one option for each value of a recipe.
 
     Options that are not used leave no attribute behind, so that `vars` of the result are the overrides of
@@ -149,9 +260,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     Args:
         parser: Parser to extend.
+        kind: Class of the recipe.
     """
-    hints = get_type_hints(Recipe)
-    for field in dataclasses.fields(Recipe):
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
         hint = hints[field.name]
         options = dict(dest=field.name, default=argparse.SUPPRESS, help=field.metadata['help'].replace('%', '%%'))
         kind = _without_none(hint)
@@ -187,8 +299,8 @@ class _Mapping(argparse.Action):
         setattr(namespace, self.dest, mapping)
 
 
-def _check_keys(values: Dict[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(Recipe)]
+def _check_keys(values: Dict[str, Any], kind: Type[Values]) -> None:
+    known = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
@@ -212,7 +324,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         size = None if args[-1] is Ellipsis else len(args)
         if isinstance(value, (list, tuple)) and size in (None, len(value)):
             return tuple(_convert(name, v, args[0]) for v in value)
-        expected = f'a list of {f"{size} numbers" if size else "numbers"}'
+        items = 'names' if args[0] is str else 'numbers'
+        expected = f'a list of {f"{size} {items}" if size else items}'
     elif origin is dict:
         if isinstance(value, dict) and all(isinstance(k, str) for k in value):
             return dict(value)

@@ -1,40 +1,58 @@
-"""Labelled images: scikit-learn's digits, or a folder with one sub-folder for each class."""
+"""Labelled images: scikit-learn's digits, a folder with one sub-folder for each class, or timm's dataset factory."""
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_loader
+from timm.data import create_dataset, create_transform
+from timm.data.auto_augment import AugmentOp, posterize as timm_posterize
 from timm.utils.misc import natural_key
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from .._extras import require
-from .config import Recipe
+from .config import ImageValues, Recipe, RecipeError
+from .loading import DataError
+
+_FACTORIES = ('torch/', 'hfds/', 'hfids/', 'wds/')
 
 
-class DataError(ValueError):
-    """Data that cannot be trained on, with the name of the folder or file at fault."""
+def _decode(source: Union[Path, BinaryIO, Image.Image], mode: str, name: Any) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source.convert(mode)
+    try:
+        with Image.open(source) as opened:
+            return ImageOps.exif_transpose(opened).convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise DataError(f'{name}: cannot be read as an image ({e}).') from e
 
 
 class LabelledImages(Dataset):
     """Images with the number of their class, in memory or in files.
 
-    `create_loaders` sets `transform`.
+    `transform` maps an image to what a sample holds; None leaves it.
     """
 
-    def __init__(self, images: Sequence[Union[Path, Image.Image]], targets: Sequence[int], mode: str = 'RGB') -> None:
+    def __init__(
+            self,
+            images: Sequence[Union[Path, Image.Image]],
+            targets: Sequence[int],
+            mode: str = 'RGB',
+            names: Optional[Sequence[str]] = None,
+    ) -> None:
         """
         Args:
             images: Images, or files that hold them.
             targets: Class of each image.
             mode: Colour mode, 'RGB' or 'L', that `image` returns.
+            names: Name of each image within its data set, their numbers if None.
         """
         self.images = list(images)
         self.targets = list(targets)
+        self.names = [str(i) for i in range(len(self.images))] if names is None else list(names)
         self.mode = mode
-        self.transform = None
+        self.transform: Optional[Callable[[Image.Image], Any]] = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,39 +63,109 @@ class LabelledImages(Dataset):
         Raises:
             DataError: Its file cannot be read.
         """
-        image = self.images[index]
-        if isinstance(image, Image.Image):
-            return image.convert(self.mode)
-        try:
-            with Image.open(image) as opened:
-                return ImageOps.exif_transpose(opened).convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise DataError(f'{image}: cannot be read as an image ({e}).') from e
+        return _decode(self.images[index], self.mode, self.images[index])
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         image = self.image(index)
         return image if self.transform is None else self.transform(image), self.targets[index]
 
 
+class FactoryImages(Dataset):
+    """A data set of timm's factory by number, with the behaviour of `LabelledImages`."""
+
+    def __init__(self, dataset: Dataset, name: str, mode: str = 'RGB') -> None:
+        """
+        Args:
+            dataset: timm's ImageDataset, or one of torchvision.
+            name: Its name, for messages.
+            mode: Colour mode, 'RGB' or 'L', that `image` returns.
+        """
+        self.dataset = dataset
+        self.name = name
+        self.mode = mode
+        self.transform: Optional[Callable[[Image.Image], Any]] = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _sample(self, index: int) -> Tuple[Image.Image, int]:
+        # timm's own reading replaces what cannot be read, and does not count it
+        source, target = (getattr(self.dataset, 'reader', None) or self.dataset)[index][:2]
+        return _decode(source, self.mode, f'{self.name}, image {index}'), int(target)
+
+    def image(self, index: int) -> Image.Image:
+        """As `LabelledImages.image`."""
+        return self._sample(index)[0]
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image, target = self._sample(index)
+        return image if self.transform is None else self.transform(image), target
+
+
 class Splits(NamedTuple):
-    """The two parts of a data set."""
-    train: LabelledImages
-    val: LabelledImages
+    """The two parts of a data set, by number or as streams."""
+    train: Union[LabelledImages, FactoryImages, IterableDataset]
+    val: Union[LabelledImages, FactoryImages, IterableDataset]
     class_names: List[str]
+    one_source: bool = False  # whether both were drawn from the same images
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the images can be read in their order only."""
+        return isinstance(self.train, IterableDataset)
+
+    def part(self, name: str) -> Dataset:
+        """One part, 'train' or 'val', or 'all' of both.
+
+        Raises:
+            RecipeError: All of a data set whose parts are not of images in memory or files.
+        """
+        if name != 'all':
+            return self.train if name == 'train' else self.val
+        if not isinstance(self.train, LabelledImages):
+            raise RecipeError("part: this data set is read part by part; must be 'val' or 'train'.")
+        return LabelledImages(
+            self.train.images + self.val.images, self.train.targets + self.val.targets, self.train.mode,
+            self.train.names + self.val.names)
+
+    def set_mode(self, mode: str) -> None:
+        """Let both parts give images of a colour mode, 'RGB' or 'L'."""
+        for part in (self.train, self.val):
+            if self.is_stream:
+                part.reader.input_img_mode = mode
+            else:
+                part.mode = mode
+
+    def class_counts(self) -> torch.Tensor:
+        """Number of images of each class to train on.
+
+        Raises:
+            RecipeError: The data set does not list its classes.
+        """
+        targets = getattr(self.train, 'targets', None)
+        if targets is None:
+            targets = getattr(getattr(self.train, 'dataset', None), 'targets', None)
+        if targets is None:
+            raise RecipeError('class_balance: this data set does not list the classes of its images; must be none.')
+        return torch.bincount(torch.as_tensor(targets), minlength=len(self.class_names))
 
 
-def load_splits(recipe: Recipe, mode: str = 'RGB') -> Splits:
+def load_splits(recipe: ImageValues, mode: str = 'RGB', batch_size: int = 1, seed: int = 0) -> Splits:
     """Find the images to train on and those to hold out.
 
     Args:
         recipe: Says what to load and how much to hold out.
         mode: Colour mode of the images, 'RGB' or 'L'.
+        batch_size: Batches of streams, whose length is made a multiple of it.
+        seed: Order of streams.
 
     Raises:
-        DataError: There are no images, a class has none, there is one class only, or a file is no image.
+        DataError: There are no images, a class has none, or there is one class only.
         ImportError: The digits are asked for and scikit-learn is not installed.
     """
     parts = None
+    if recipe.data.lower().startswith(_FACTORIES):
+        return _from_factory(recipe, batch_size, seed)
     if recipe.data == 'digits':
         images, targets, class_names = _digits()
     else:
@@ -98,45 +186,48 @@ def load_splits(recipe: Recipe, mode: str = 'RGB') -> Splits:
             class_names = _class_names(folder)
             images, targets = _folder_images(folder, class_names)
     generator = torch.Generator().manual_seed(recipe.val_seed)
-    if parts is None:
-        train, val = _hold_out(targets, class_names, recipe.val_fraction, recipe.limit, generator)
-        parts = [([images[i] for i in index], [targets[i] for i in index]) for index in (train, val)]
-    elif recipe.limit:
-        for n, (images, targets) in enumerate(parts):
-            index = sorted(i for group in _by_class(targets, generator).values() for i in group[:recipe.limit])
-            parts[n] = [images[i] for i in index], [targets[i] for i in index]
-    return Splits(*(LabelledImages(*part, mode=mode) for part in parts), class_names)
+    one_source = parts is None
+    if one_source:
+        chosen = _hold_out(targets, class_names, recipe.val_fraction, recipe.limit, generator)
+        parts = [(images, targets)] * 2
+    else:
+        chosen = [
+            sorted(i for group in _by_class(part[1], generator).values() for i in group[:recipe.limit or None])
+            for part in parts]
+    made = []
+    for (images, targets), index, folder in zip(parts, chosen, ('', '') if one_source else ('train', 'val')):
+        names = [_name(images[i], i, Path(recipe.data) / folder) for i in index]
+        made.append(LabelledImages([images[i] for i in index], [targets[i] for i in index], mode, names))
+    return Splits(*made, class_names, one_source)
 
 
-def create_loaders(
-        recipe: Recipe,
-        splits: Splits,
-        data_config: Dict[str, Any],
-        device: torch.device,
-) -> Tuple[DataLoader, DataLoader]:
-    """Loaders of transformed batches for training, and of the held-out images in their order.
+def _name(image: Union[Path, Image.Image], index: int, folder: Path) -> str:
+    return image.relative_to(folder).as_posix() if isinstance(image, Path) else str(index)
+
+
+def _common(data_config: Dict[str, Any]) -> Dict[str, Any]:
+    names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    return dict(**{name: data_config[name] for name in names}, use_prefetcher=True)  # normalised on the device
+
+
+def create_eval_transform(data_config: Dict[str, Any]) -> Callable:
+    """timm's transform of evaluation: from an image to its bytes (C, H, W), uint8.
+
+    Args:
+        data_config: Size, interpolation and so on, as `timm.data.resolve_data_config` returns them.
+    """
+    return create_transform(**_common(data_config))
+
+
+def create_train_transform(recipe: Recipe, data_config: Dict[str, Any], separate: bool = False) -> Any:
+    """timm's transform of training: from an image to its bytes (C, H, W), uint8.
 
     Args:
         recipe: Says how to augment.
-        splits: The images; their transforms are set.
-        data_config: Size, normalisation and so on, as `timm.data.resolve_data_config` returns them.
-        device: Where the batches are going to be used.
+        data_config: Size, interpolation and so on, as `timm.data.resolve_data_config` returns them.
+        separate: Return its three parts: geometry, colours, bytes.
     """
-    common = dict(
-        input_size=data_config['input_size'],
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
-        num_workers=recipe.workers,
-        pin_memory=device.type == 'cuda',
-        device=device,
-        use_prefetcher=False,
-    )
-    train_loader = create_loader(
-        splits.train,
-        batch_size=min(recipe.batch_size, len(splits.train)),  # the last, smaller batch is dropped
+    train = create_transform(
         is_training=True,
         train_crop_mode=recipe.train_crop_mode,
         scale=recipe.scale,
@@ -144,12 +235,71 @@ def create_loaders(
         hflip=recipe.hflip,
         vflip=recipe.vflip,
         color_jitter=recipe.color_jitter or None,
+        color_jitter_prob=recipe.color_jitter_prob,
+        grayscale_prob=recipe.grayscale_prob,
+        gaussian_blur_prob=recipe.gaussian_blur_prob,
         auto_augment=recipe.auto_augment,
-        re_prob=recipe.re_prob,
-        **common,
+        separate=separate,
+        **_common(data_config),
     )
-    val_loader = create_loader(splits.val, batch_size=recipe.batch_size, **common)
-    return train_loader, val_loader
+    for operation in _operations(train):
+        if operation.aug_fn is timm_posterize:
+            operation.aug_fn = _posterize
+    return train
+
+
+def _operations(transform: Any) -> Iterator[AugmentOp]:
+    """The operations of timm's RandAugment, AutoAugment and AugMix within a transform."""
+    if isinstance(transform, AugmentOp):
+        yield transform
+    elif isinstance(transform, (list, tuple)):
+        for part in transform:
+            yield from _operations(part)
+    else:
+        for name in ('transforms', 'ops', 'policy'):
+            yield from _operations(getattr(transform, name, ()))
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
+    # strong augmentation may leave no bit, which is black, and which Pillow 13 refuses
+    return timm_posterize(image, bits, **kwargs) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _from_factory(recipe: ImageValues, batch_size: int, seed: int) -> Splits:
+    """The two parts of a data set of timm's factory.
+
+    Raises:
+        DataError: It cannot be made, or its number of classes is not known.
+    """
+    parts = []
+    for split, is_training in ((recipe.train_split, True), (recipe.val_split, False)):
+        try:
+            parts.append(create_dataset(
+                recipe.data,
+                root=recipe.data_dir,
+                split=split,
+                is_training=is_training,
+                batch_size=batch_size,
+                seed=seed,
+                **recipe.data_args,
+            ))
+        except Exception as e:  # a data set's library raises what it likes
+            raise DataError(
+                f'data: {recipe.data!r}, part {split!r} of {recipe.data_dir!r}, cannot be opened: '
+                f'{type(e).__name__}: {e}') from e
+    names = getattr(parts[0], 'classes', None)
+    if names is None:
+        numbers = getattr(parts[0].reader, 'class_to_idx', None)
+        names = sorted(numbers, key=numbers.get) if numbers else None
+    if recipe.num_classes is not None and names is not None and len(names) != recipe.num_classes:
+        raise RecipeError(f'num_classes: got {recipe.num_classes}, but {recipe.data!r} has {len(names)}.')
+    if names is None:
+        if recipe.num_classes is None:
+            raise RecipeError(f'num_classes: {recipe.data!r} does not say how many classes it has; must be given.')
+        names = [str(i) for i in range(recipe.num_classes)]
+    if not isinstance(parts[0], IterableDataset):
+        parts = [FactoryImages(part, recipe.data) for part in parts]
+    return Splits(*parts, [str(name) for name in names])
 
 
 def _digits() -> Tuple[List[Image.Image], List[int], List[str]]:
@@ -188,13 +338,6 @@ def _folder_images(folder: Path, class_names: List[str], complete: bool = True) 
             raise DataError(f'{folder / name}: holds no images ({", ".join(IMG_EXTENSIONS)}).')
     if not found:
         raise DataError(f'{folder}: holds no images.')
-    progress = require('tqdm').tqdm(found, desc=f'checking {folder.name}', unit='image', delay=1., leave=False)
-    for file, _ in progress:
-        try:
-            with Image.open(file) as image:
-                image.verify()  # headers, and the checksums of formats that have any
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise DataError(f'{file}: cannot be read as an image ({e}).') from e
     return [file for file, _ in found], [target for _, target in found]
 
 

@@ -2,7 +2,7 @@
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, List, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,11 @@ import torch.nn as nn
 from .._extras import require
 from .._modes import evaluating
 from ..layers import ElsaAttention
-from .data import LabelledImages
+from .data import LabelledImages, create_eval_transform
+
+if TYPE_CHECKING:
+    from .classification import Predictions
+    from .inference import Answer, Classifier
 
 _RIGHT, _WRONG, _QUERY = '#1b7837', '#c51b2b', '#ff7f0e'
 _MAX_HEADS = 6  # drawn for each layer
@@ -51,9 +55,74 @@ def attention_layers(model: nn.Module, image: torch.Tensor) -> List[AttentionLay
     return layers
 
 
+def draw_curves(history: List[Dict[str, float]], path: Union[str, Path]) -> None:
+    """Draw loss and metrics over the epochs.
+
+    Args:
+        history: A row for each epoch, as in the log.
+        path: PNG to write.
+    """
+    metrics = [k for k in history[-1] if k.startswith('val_') and k not in ('val_loss', 'val_images')]
+    epochs = [row['epoch'] for row in history]
+    figure = _new_figure(11., 4.2)
+    left, right = figure.subplots(1, 2)
+    for name, label, color in (('train_loss', 'training', _QUERY), ('val_loss', 'held-out images', '#2f6fb0')):
+        if name in history[-1]:
+            left.plot(epochs, [row[name] for row in history], label=label, color=color, marker='.')
+    left.set_title('loss')
+    for name in metrics:
+        right.plot(epochs, [row[name] for row in history], label=name[4:].replace('_', ' '), marker='.')
+    right.set_title('held-out images')
+    for ax in (left, right):
+        ax.set_xlabel('epoch')
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        if ax.has_data():
+            ax.legend(frameon=False)
+    _save(figure, path)
+
+
+def draw_confusion(
+        targets: torch.Tensor,
+        predicted: torch.Tensor,
+        class_names: List[str],
+        path: Union[str, Path],
+) -> None:
+    """Draw which classes are taken for which: part of each true class in a row. Numbers for up to 25 classes.
+
+    Args:
+        targets: (N,) classes.
+        predicted: (N,) classes.
+        class_names: Name of each class.
+        path: PNG to write.
+    """
+    number = len(class_names)
+    counts = torch.bincount(targets * number + predicted, minlength=number ** 2).view(number, number)
+    parts = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    figure = _new_figure(*[min(14., max(5., 0.5 * number + 2.5))] * 2)
+    ax = figure.subplots()
+    image = ax.imshow(parts.numpy(), cmap='Blues', vmin=0., vmax=1.)
+    figure.colorbar(image, ax=ax, shrink=0.8, label='part of the true class')
+    ax.set_xlabel('predicted class')
+    ax.set_ylabel('true class')
+    if number <= 40:
+        names = [_short(name) for name in class_names]
+        ax.set_xticks(range(number), names, rotation=90)
+        ax.set_yticks(range(number), names)
+    if number <= 25:
+        for i in range(number):
+            for j in range(number):
+                if counts[i, j]:
+                    color = 'white' if parts[i, j] > 0.5 else 'black'
+                    ax.text(j, i, str(counts[i, j].item()), ha='center', va='center', fontsize=8, color=color)
+    right = counts.diagonal().sum().item()
+    ax.set_title(f'{right} of {len(targets)} held-out images are recognised: {100 * right / len(targets):.2f} %')
+    _save(figure, path)
+
+
 def draw_predictions(
         images: LabelledImages,
-        logits: torch.Tensor,
+        predictions: 'Predictions',
         class_names: List[str],
         path: Union[str, Path],
         rows: int = 5,
@@ -62,15 +131,15 @@ def draw_predictions(
     """Draw a grid of images with predicted class and confidence: mistakes first, in red, then a sample of the rest.
 
     Args:
-        images: The images, N of them.
-        logits: (N, classes).
+        images: The images.
+        predictions: What was predicted for them.
         class_names: Name of each class.
         path: PNG to write.
         rows: Rows of the grid, at most.
         columns: Columns of the grid, at most.
     """
-    confidence, predicted = logits.softmax(dim=-1).max(dim=-1)
-    targets = torch.tensor(images.targets)
+    targets, predicted, confidence, index = (
+        predictions.targets, predictions.predicted, predictions.confidence, predictions.index)
     wrong = (predicted != targets).nonzero().flatten().tolist()
     right = (predicted == targets).nonzero().flatten().tolist()
     space = min(rows * columns, len(targets))
@@ -92,7 +161,7 @@ def draw_predictions(
     for ax in axes:
         ax.axis('off')
     for ax, i in zip(axes, shown + sample, strict=False):
-        _show(ax, images.image(i))
+        _show(ax, images.image(index[i]))
         name = _short(class_names[predicted[i]])
         if predicted[i] == targets[i]:
             text, color = f'{name}\n{confidence[i]:.0%}', _RIGHT
@@ -104,8 +173,8 @@ def draw_predictions(
 
 def draw_attention(
         model: nn.Module,
-        images: LabelledImages,
-        logits: torch.Tensor,
+        load: Callable[[int], torch.Tensor],
+        predictions: 'Predictions',
         class_names: List[str],
         path: Union[str, Path],
 ) -> None:
@@ -118,18 +187,18 @@ def draw_attention(
 
     Args:
         model: Model that holds `ElsaAttention`.
-        images: Images with the transform of the evaluation.
-        logits: (N, classes).
+        load: Gives an image of the data set, by its number, as the model takes it: (C, H, W), normalised.
+        predictions: What was predicted for them.
         class_names: Name of each class.
         path: PNG to write.
 
     Raises:
         ValueError: The model has no ELSA layer.
     """
-    predicted = logits.argmax(dim=-1)
-    recognised = (predicted == torch.tensor(images.targets)).nonzero().flatten().tolist()
+    predicted = predictions.predicted
+    recognised = (predicted == predictions.targets).nonzero().flatten().tolist()
     index = recognised[0] if recognised else 0
-    tensor = images[index][0]
+    tensor = load(predictions.index[index].item())
     layers = {tuple(layer.weights.shape[:2]): layer for layer in attention_layers(model, tensor)}
     if not layers:
         raise ValueError('model: has no ElsaAttention, there is no local attention to draw.')
@@ -178,6 +247,89 @@ def draw_attention(
         'Spread: exp(entropy) of the attention over the number of neighbours, mean of the heads; dark pixels look at'
         ' few of them.', fontsize=10, color='0.3')
     _save(figure, path)
+
+
+def draw_contact_sheet(
+        answers: Sequence['Answer'],
+        path: Union[str, Path],
+        columns: int = 6,
+        most: int = 60,
+) -> None:
+    """Draw a grid of images with their likeliest classes.
+
+    Args:
+        answers: Images and classes.
+        path: PNG to write.
+        columns: Columns of the grid, at most.
+        most: Images to show, at most.
+    """
+    shown = answers[:most]
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = _new_figure(max(2.1 * columns, 3.), 2.5 * rows + 0.4)
+    if len(shown) < len(answers):
+        figure.supxlabel(f'the first {len(shown)} of {len(answers)} images', fontsize=10, color='0.3')
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
+        ax.axis('off')
+    for ax, answer in zip(axes, shown, strict=False):
+        _show(ax, _thumbnail(answer.file))
+        lines = [f'{_short(label)} {p:.0%}' for label, p in zip(answer.labels[:3], answer.probabilities, strict=False)]
+        ax.set_title('\n'.join(lines), fontsize=8, pad=3)
+    _save(figure, path)
+
+
+def draw_overlays(
+        classifier: 'Classifier',
+        answers: Sequence['Answer'],
+        path: Union[str, Path],
+        most: int = 8,
+) -> None:
+    """Draw over images how sharp local attention is: a row for each image, a column for each resolution.
+
+    The colour is the part of its K * K neighbours over which a pixel spreads its attention, exp(entropy) / K * K, mean
+    of the heads, of the last layer of that resolution.
+
+    Args:
+        classifier: Holds a model with `ElsaAttention`.
+        answers: Images and classes.
+        path: PNG to write.
+        most: Images to show, at most.
+    """
+    config = classifier.data_config
+    transform = create_eval_transform(config)
+    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+    rows = []
+    for answer in answers[:most]:
+        image = LabelledImages([Path(answer.file)], [0], 'L' if config['input_size'][0] == 1 else 'RGB').image(0)
+        tensor = (torch.as_tensor(transform(image)) / 255. - mean) / std
+        layers = {tuple(layer.weights.shape[:2]): layer for layer in attention_layers(classifier.model, tensor)}
+        rows.append((answer, _as_picture(tensor), list(layers.values())))
+    columns = 1 + max(len(layers) for _, _, layers in rows)
+    figure = _new_figure(2.6 * columns + 0.8, 2.9 * len(rows) + 1.)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (answer, picture, layers) in zip(axes, rows, strict=True):
+        for ax in row:
+            _clean(ax)
+        row[0].imshow(picture, cmap='gray')
+        row[0].set_title(f'{_short(answer.labels[0])} {answer.probabilities[0]:.0%}', fontsize=10)
+        height, width = picture.shape[:2]
+        for ax, layer in zip(row[1:], layers, strict=False):
+            grey = picture if picture.ndim == 2 else picture.mean(axis=2)
+            ax.imshow(grey, cmap='gray', extent=(0, width, height, 0))
+            spread = ax.imshow(
+                (_spread(layer) / layer.kernel_size ** 2).numpy(), cmap='magma', vmin=0., vmax=1., alpha=0.6,
+                extent=(0, width, height, 0), interpolation='bilinear')
+            H, W = layer.weights.shape[:2]
+            ax.set_title(f'map of {H} × {W}, {layer.kernel_size} × {layer.kernel_size} neighbours', fontsize=9)
+    figure.colorbar(spread, ax=axes, shrink=0.6, label='part of the neighbours in use')
+    _save(figure, path)
+
+
+def _thumbnail(file: str) -> Any:
+    image = LabelledImages([Path(file)], [0]).image(0)
+    image.thumbnail((400, 400))
+    return image
 
 
 def _choose_query(layer: AttentionLayer) -> List[int]:

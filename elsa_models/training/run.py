@@ -1,197 +1,135 @@
-"""One run: data, model, training, and everything that is kept of it."""
+"""One run, of any job: from the recipe to a folder of results that appears complete or not at all."""
 import logging
+import shutil
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Dict, List, NamedTuple, Type
 
-import timm
-import torch
-import torch.nn as nn
-from timm.data import resolve_input_data_config
-from timm.models import save_for_hf
+from filelock import FileLock, Timeout
 from timm.utils import random_seed
 
 from .._extras import require
-from .._files import check_replaceable, replace_folder
-from ..export import export_onnx
-from ..layers import ElsaAttention
-from ..models._checkpoint import read_checkpoint, unwrap
-from ..models.elsa_swin import is_authors
-from .config import Recipe, RecipeError
-from .data import create_loaders, load_splits
-from .loop import fit, predict
+from .._files import OutputError, check_replaceable, move_into_place, write_atomically
+from .config import BaseRecipe, RecipeError, load_recipe
+from .job import Job
+from .loop import CHECKPOINTS, LOG, TENSORBOARD, Trainer
+from .world import join_world
 
 _logger = logging.getLogger(__name__)
 
-# all that a run writes, and so all that the next run of this name may replace
-MODEL, ONNX, PREDICTIONS, ATTENTION, LOG, RECIPE = (
-    'model', 'model.onnx', 'predictions.png', 'attention.png', 'log.csv', 'recipe.yaml')
-_OUTPUTS = (MODEL, ONNX, PREDICTIONS, ATTENTION, LOG, RECIPE)
+RECIPE, _LOCK = 'recipe.yaml', '.lock'
 
 
 class Result(NamedTuple):
     """What a run has come to."""
     folder: Path
-    files: List[Path]
-    accuracy: float  # percent of the held-out images
-    num_train: int
-    num_val: int
-    class_names: List[str]
-    num_parameters: int
+    files: List[Path]  # the results in it; empty in other processes than the main one
+    metrics: Dict[str, Any]  # of the best epoch: a row of the log
+    job: Job
 
 
-def run(recipe: Recipe) -> Result:
-    """Train as a recipe says, and keep the model, its ONNX export, figures and a log.
+def run_job(recipe: BaseRecipe, kind: Type[Job]) -> Result:
+    """Train as a recipe says, and keep the best model and what shows it.
 
-    All is written to a folder beside `output/name`, which takes that place at the very end: an earlier result stays as
-    it was until then. A run that fails after the model has been saved leaves its folder and logs where it is.
+    Everything is written to `output/NAME-running`, which becomes `output/NAME` at the very end: an earlier result stays
+    as it was until then. Killed or failed, the same call goes on from the newest checkpoint there. Started by torchrun,
+    all processes call this.
 
     Args:
         recipe: Says everything.
+        kind: What to train.
 
     Returns:
-        Where the results are, and the accuracy of the last epoch.
+        Where the results are, and the metrics of the best epoch.
 
     Raises:
-        RecipeError: A value of the recipe cannot be used.
+        RecipeError: A value of the recipe cannot be used, or an unfinished run had another recipe.
         DataError: The data cannot be used.
-        OutputError: The folder of the result holds other things.
+        OutputError: The folder of the result holds other things, or cannot be written.
         ImportError: A package is missing.
-        RuntimeError: The loss is not finite, or a saved model differs from the trained one.
+        DivergedError: The loss is not finite.
     """
     # whatever can fail for reasons outside this package fails before the training
-    device = _device(recipe.device)
+    world = join_world(recipe.device)
+    names = {*kind.outputs, LOG, RECIPE, CHECKPOINTS, TENSORBOARD}
     folder = Path(recipe.output) / recipe.run_name
-    check_replaceable(folder, _OUTPUTS)
-    for name in ('tqdm', 'matplotlib') if recipe.figures else ('tqdm',):
-        require(name)
-    for name in ('onnx', 'onnxruntime', 'onnxscript') if recipe.onnx else ():
-        require(name, 'onnx')
+    working = folder.with_name(f'{folder.name}-running')
+    check_replaceable(folder, names)
+    check_replaceable(working, {*names, _LOCK})
+    for name, extra in [('tqdm', 'train'), ('yaml', 'train'), *kind.requirements(recipe)]:
+        require(name, extra)
+    if recipe.tensorboard:
+        require('tensorboard')
 
     random_seed(recipe.seed)
-    splits = load_splits(recipe)
-    model = create_model(recipe, len(splits.class_names)).to(device)
-    data_config = _data_config(recipe, model)
-    mode = {1: 'L', 3: 'RGB'}.get(data_config['input_size'][0])
-    if mode is None:
-        raise RecipeError(f'model_args: got {data_config["input_size"][0]} input channels, must be 1 (grey) or 3.')
-    splits.train.mode = splits.val.mode = mode
-    train_loader, val_loader = create_loaders(recipe, splits, data_config, device)
-    _logger.info(
-        '%s: %d images of %d classes to train on, %d held out', recipe.data, len(splits.train),
-        len(splits.class_names), len(splits.val))
-    num_parameters = sum(p.numel() for p in model.parameters())
-    _logger.info(
-        '%s: %.2f M parameters, images of %d x %d pixels, on %s', recipe.model, num_parameters / 1e6,
-        *data_config['input_size'][1:], device)
-
-    with replace_folder(folder, _OUTPUTS, keep=MODEL) as temporary:
-        (temporary / RECIPE).write_text(recipe.to_yaml(), encoding='utf-8')
-        task, metrics = fit(recipe, model, train_loader, val_loader, device, temporary / LOG)
-        model.eval()
-        save_model(model, temporary / MODEL, splits.class_names, data_config, keeps_licence(recipe))
-        _logger.info('saved the model; loaded it again, logits are equal')
-        if recipe.onnx:
-            export_onnx(model, temporary / ONNX)
-            _logger.info('exported the model to ONNX; ONNX Runtime agrees with it')
-        if recipe.figures:
-            from . import figures
-            logits, _ = predict(task, val_loader)
-            figures.draw_predictions(splits.val, logits, splits.class_names, temporary / PREDICTIONS)
-            if any(isinstance(m, ElsaAttention) for m in model.modules()):
-                figures.draw_attention(model, splits.val, logits, splits.class_names, temporary / ATTENTION)
-        files = [folder / name for name in _OUTPUTS if (temporary / name).exists()]
-    return Result(
-        folder, files, metrics['top1'], len(splits.train), len(splits.val), splits.class_names, num_parameters)
-
-
-def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The model of a recipe, with its first weights.
-
-    Args:
-        recipe: Says which.
-        num_classes: Outputs of the classifier.
-
-    Raises:
-        RecipeError: timm does not know the model, it does not take `model_args`, or its weights are not there.
-    """
-    derived = {'num_classes', 'pretrained', 'checkpoint_path', 'features_only'} & recipe.model_args.keys()
-    if derived:
-        raise RecipeError(f'model_args: {min(derived)!r} is not to be given; it follows from the data and the recipe.')
-    overlay: Optional[Dict[str, Any]] = None
-    if recipe.checkpoint is not None:
-        if not Path(recipe.checkpoint).is_file():
-            raise RecipeError(f'checkpoint: got {recipe.checkpoint!r}, no such file.')
-        overlay = dict(file=recipe.checkpoint)
+    job = kind(recipe, world)
+    trainer = Trainer(recipe, job, world, working)
+    lock = _prepare(working, recipe) if world.is_main else None
+    world.barrier()
     try:
-        return timm.create_model(
-            recipe.model,
-            pretrained=recipe.pretrained or overlay is not None,
-            pretrained_cfg_overlay=overlay,
-            num_classes=num_classes,
-            **recipe.model_args,
-        )
-    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
-        raise RecipeError(f'model: {recipe.model!r} with model_args {recipe.model_args} is not possible. {e}') from e
+        trainer.run()
+        best = trainer.history[trainer.best.epoch]
+        if not world.is_main:
+            world.barrier()
+            return Result(folder, [], best, job)
+        for name in kind.outputs:
+            _remove(working / name)
+        try:
+            job.finish(trainer.best_model(), working, trainer.history)
+        except OSError as e:
+            raise OutputError(f'{working}: the results cannot be written ({e}). The checkpoints are there.') from e
+    except BaseException:
+        if lock is not None:
+            _release(lock)
+            if not (working / CHECKPOINTS).exists():
+                shutil.rmtree(working)
+            else:
+                _logger.warning('the run did not finish; the same command goes on from what is in %s', working)
+        raise
+    _release(lock)
+    check_replaceable(folder, names)
+    move_into_place(working, folder)
+    world.barrier()
+    files = [folder / name for name in (*kind.outputs, LOG, RECIPE) if (folder / name).exists()]
+    return Result(folder, files, best, job)
 
 
-def keeps_licence(recipe: Recipe) -> bool:
-    """Whether a run starts from the weights that the model's cfg describes: its own, or the authors' file."""
-    if recipe.checkpoint is not None:
-        return is_authors(unwrap(read_checkpoint(recipe.checkpoint)))
-    return recipe.pretrained
-
-
-def save_model(
-        model: nn.Module,
-        folder: Union[str, Path],
-        class_names: List[str],
-        data_config: Dict[str, Any],
-        keep_licence: bool = False,
-) -> None:
-    """Save weights as safetensors beside timm's config.json, and see that they load to an equal model.
-
-    Args:
-        model: Model in evaluation mode.
-        folder: Folder to create.
-        class_names: Name of each output.
-        data_config: Preprocessing, as `timm.data.resolve_data_config` returns it.
-        keep_licence: Whether the weights come from those of the model's cfg, whose licence is theirs then.
-
-    Raises:
-        RuntimeError: The model that was loaded again computes other logits.
-    """
-    origin = dict(tag=None, origin_url=None)  # these weights are the user's
-    if not keep_licence:
-        origin['license'] = None
-    save_for_hf(
-        model,
-        str(folder),
-        model_config=dict(label_names=list(class_names), pretrained_cfg=origin),
-        safe_serialization=True,
-        data_config=data_config,
-    )
-    device = next(model.parameters()).device
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
-    images = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.inference_mode():
-        if not torch.equal(loaded(images), model(images)):
-            raise RuntimeError(f'{folder}: the saved model, loaded again, differs from the trained one.')
-
-
-def _device(name: str) -> torch.device:
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+def _prepare(working: Path, recipe: BaseRecipe) -> FileLock:
+    """Make or take over the folder of a run, and lock it."""
+    working.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(working / _LOCK)
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise RecipeError(f'device: got {name!r}, which is not available here ({str(e).splitlines()[0]}).') from e
-    return device
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise OutputError(f'{working}: another run of this name is at work there. Choose another name.') from e
+    file = working / RECIPE
+    if (working / CHECKPOINTS).exists() and file.exists():
+        if recipe.resume:
+            try:
+                differences = recipe.differences(load_recipe(file, kind=type(recipe)))
+            except RecipeError as e:
+                differences = [str(e)]
+            if differences:
+                _release(lock)
+                raise RecipeError(
+                    f'resume: {working} holds an unfinished run of another recipe ({"; ".join(differences)}). Take'
+                    f' another name, or start afresh with resume: false (--no-resume).')
+        else:
+            for path in working.iterdir():
+                if path.name != _LOCK:
+                    _remove(path)
+    write_atomically(recipe.to_yaml(), file)
+    return lock
 
 
-def _data_config(recipe: Recipe, model: nn.Module) -> Dict[str, Any]:
-    names = ('crop_pct', 'interpolation', 'mean', 'std')
-    try:
-        return resolve_input_data_config(model, args={name: getattr(recipe, name) for name in names})
-    except ValueError as e:
-        raise RecipeError(str(e)) from e
+def _release(lock: FileLock) -> None:
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+

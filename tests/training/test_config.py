@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import yaml
 
-from elsa_models.training import Recipe, RecipeError, add_arguments, load_recipe
+from elsa_models.training import BaseRecipe, Recipe, RecipeError, add_arguments, load_recipe
 
 
 def _write(path, text):
@@ -84,7 +84,7 @@ def test_every_value_has_an_option():
     written = {
         'str': ['x'], 'int': ['2'], 'float': ['0.5'], 'bool': [], 'Optional[str]': ['x'], 'Optional[float]': ['0.5'],
         'Dict[str, Any]': ['a=1', 'b=[2, 3]'], 'Tuple[float, float]': ['0.5', '1'],
-        'Optional[Tuple[float, ...]]': ['1'],
+        'Optional[Tuple[float, ...]]': ['1'], 'Tuple[str, ...]': ['a', 'b.*'], 'Optional[int]': ['2'],
     }
     for field in dataclasses.fields(Recipe):
         name = getattr(field.type, '__name__', '') if isinstance(field.type, type) else str(field.type)
@@ -128,3 +128,16 @@ def test_run_name_follows_the_data(tmp_path):
     assert Recipe().run_name == 'digits'
     assert Recipe(data=str(tmp_path / 'cats')).run_name == 'cats'
     assert Recipe(data=str(tmp_path / 'cats'), name='dogs').run_name == 'dogs'
+
+
+def test_recipes_differ_by_what_decides_the_result():
+    assert Recipe(workers=3, device='cpu', name='x').differences(Recipe()) == []
+    differences = Recipe(lr=1., epochs=2).differences(Recipe(epochs=3))
+    assert differences == ['epochs: 3 there, 2 here', 'lr: 0.001 there, 1.0 here']
+
+
+def test_base_recipe_stands_alone(tmp_path):
+    recipe = load_recipe(_write(tmp_path / 'r.yaml', 'lr: 1'), kind=BaseRecipe)
+    assert recipe == BaseRecipe(lr=1.) and recipe.run_name == 'run'
+    with pytest.raises(RecipeError, match="unknown key 'mixup'"):
+        load_recipe(overrides=dict(mixup=1.), kind=BaseRecipe)

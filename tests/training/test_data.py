@@ -1,11 +1,18 @@
+import random
 import shutil
 from collections import Counter
 
 import pytest
-import torch
 from PIL import Image
 
-from elsa_models.training import DataError, Recipe, create_loaders, load_splits
+from elsa_models.training import (
+    DataError,
+    Recipe,
+    RecipeError,
+    create_eval_transform,
+    create_train_transform,
+    load_splits,
+)
 
 DATA_CONFIG = dict(
     input_size=(3, 16, 16), interpolation='bilinear', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1., crop_mode='center')
@@ -102,14 +109,16 @@ def test_class_of_one_image_is_named(image_folder):
 
 
 @pytest.mark.parametrize('content', [b'', b'no image', 'truncated'])
-def test_broken_image_is_named_up_front(image_folder, content):
+def test_broken_image_is_named_when_it_is_read(image_folder, content):
     broken = image_folder / 'red' / 'broken.png'
     if content == 'truncated':
         Image.effect_noise((64, 64), 50.).save(broken)
         content = broken.read_bytes()[:-2000]
     broken.write_bytes(content)
+    splits = _splits(image_folder)
+    part = splits.train if broken in splits.train.images else splits.val
     with pytest.raises(DataError, match=r'broken\.png: cannot be read as an image'):
-        _splits(image_folder)
+        part[part.images.index(broken)]
 
 
 def test_truncated_jpeg_is_named_when_it_is_read(image_folder):
@@ -133,13 +142,65 @@ def test_images_are_upright(tmp_path, image_folder):
     assert part.image(part.images.index(path)).size == (10, 30)
 
 
-@pytest.mark.parametrize('batch_size', [5, 100])
-def test_loaders(image_folder, batch_size):
-    recipe = Recipe(data=str(image_folder), batch_size=batch_size, color_jitter=0.)
+def test_transforms_give_bytes(image_folder):
+    recipe = Recipe(data=str(image_folder), color_jitter=0.)
     splits = load_splits(recipe)
-    train_loader, val_loader = create_loaders(recipe, splits, DATA_CONFIG, torch.device('cpu'))
-    images, targets = next(iter(train_loader))
-    assert images.shape == (min(batch_size, 12), 3, 16, 16) and images.dtype == torch.float32
-    assert torch.cat([t for _, t in val_loader]).tolist() == splits.val.targets
-    # a blue image has nothing in its red channel, whose black is -1 after normalisation
-    assert (images[targets == 0][:, 0] == -1.).all() and (images[targets == 0][:, 2] > -1.).all()
+    for transform in (create_train_transform(recipe, DATA_CONFIG), create_eval_transform(DATA_CONFIG)):
+        for i, target in enumerate(splits.train.targets):
+            image = transform(splits.train.image(i))
+            assert image.shape == (3, 16, 16) and str(image.dtype).endswith('uint8')
+            # a blue image has nothing in its red channel
+            red, blue = image[0].max(), image[2].max()
+            full, empty = (blue, red) if splits.class_names[target] == 'blue' else (red, blue)
+            assert full > 0 and empty == 0
+
+
+@pytest.mark.parametrize('auto_augment', ['rand-m10-inc1', 'v0', 'augmix-m10', '3a'])
+def test_augmentation_of_any_strength(auto_augment):
+    # Pillow refuses to posterize to no bits, which timm asks for
+    random.seed(0)
+    transform = create_train_transform(Recipe(auto_augment=auto_augment), DATA_CONFIG)
+    for _ in range(100):
+        assert transform(Image.effect_noise((20, 20), 50.).convert('RGB')).shape == (3, 16, 16)
+
+
+def _factory(name, folder, **kwargs):
+    return load_splits(Recipe(data=name, data_dir=str(folder), **kwargs))
+
+
+def test_torchvision_data_set(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / 'parts' / 'train')
+    shutil.copytree(image_folder / 'red', tmp_path / 'parts' / 'val' / 'red')
+    splits = _factory('torch/folder', tmp_path / 'parts', val_split='val')
+    assert splits.class_names == ['blue', 'red'] and (len(splits.train), len(splits.val)) == (16, 8)
+    splits.set_mode('L')
+    assert splits.train.image(0).mode == 'L' and splits.train[15][1] == 1
+    assert splits.class_counts().tolist() == [8, 8]
+
+
+def test_hugging_face_data_set(image_folder, tmp_path):
+    pytest.importorskip('datasets')
+    shutil.copytree(image_folder, tmp_path / 'parts' / 'train')
+    shutil.copytree(image_folder, tmp_path / 'parts' / 'test')
+    splits = _factory(f'hfds/{tmp_path / "parts"}', tmp_path / 'cache', val_split='test')
+    assert splits.class_names == ['blue', 'red'] and (len(splits.train), len(splits.val)) == (16, 16)
+    red, blue = splits.train.image(0).getpixel((5, 5))[::2]
+    assert (splits.class_names[splits.train[0][1]] == 'red') == (red > blue)
+    with pytest.raises(RecipeError, match='class_balance'):
+        splits.class_counts()
+
+
+def test_web_data_set(shards):
+    with pytest.raises(RecipeError, match='num_classes: .* does not say how many'):
+        _factory('wds/shards', shards)
+    splits = _factory('wds/shards', shards, num_classes=2)
+    assert splits.is_stream and len(splits.val) == 8
+    splits.set_mode('L')
+    image, target = next(iter(splits.val))
+    assert image.mode == 'L' and target in (0, 1)
+
+
+@pytest.mark.parametrize('name', ['torch/no_such_set', 'hfds/no/such/folder', 'wds/nothing'])
+def test_data_set_that_cannot_be_opened_is_named(tmp_path, name):
+    with pytest.raises(DataError, match=f'{name}.*cannot be opened'):
+        _factory(name, tmp_path)

@@ -5,7 +5,32 @@ from PIL import Image
 
 import elsa_models  # noqa: F401
 from elsa_models.training import figures
+from elsa_models.training.classification import Predictions
 from elsa_models.training.data import LabelledImages
+
+
+def _predictions(targets, predicted):
+    targets, predicted = torch.tensor(targets), torch.tensor(predicted)
+    number = len(targets)
+    return Predictions(
+        targets, predicted, torch.full((number,), 0.9), torch.zeros(number), targets >= 0, torch.arange(number))
+
+
+def test_curves_are_drawn(tmp_path):
+    history = [dict(epoch=i + 1, train_loss=1. / (i + 1), val_loss=2. / (i + 1), val_top1=10. * i) for i in range(3)]
+    figures.draw_curves(history, tmp_path / 'c.png')
+    with Image.open(tmp_path / 'c.png') as image:
+        assert len(image.convert('RGB').getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize('number', [2, 60])
+def test_confusion_is_drawn(tmp_path, number):
+    targets = torch.arange(number).repeat(3)
+    predicted = targets.clone()
+    predicted[0] = 1
+    figures.draw_confusion(targets, predicted, [f'class {i}' for i in range(number)], tmp_path / 'c.png')
+    with Image.open(tmp_path / 'c.png') as image:
+        assert len(image.convert('RGB').getcolors(1 << 24)) > 50
 
 
 @pytest.fixture
@@ -55,10 +80,8 @@ def test_query_is_the_sharpest_pixel_inside():
 @pytest.mark.parametrize('size', [(8, 8), (100, 40)])
 def test_predictions_are_drawn(tmp_path, number, wrong, size):
     images = LabelledImages([Image.new('RGB', size, (i, 0, 0)) for i in range(number)], [0] * number)
-    logits = torch.zeros(number, 2)
-    logits[:wrong, 1] = 5.
-    logits[wrong:, 0] = 5.
-    figures.draw_predictions(images, logits, ['a class of a very long name', 'other'], tmp_path / 'p.png')
+    predictions = _predictions([0] * number, [1] * wrong + [0] * (number - wrong))
+    figures.draw_predictions(images, predictions, ['a class of a very long name', 'other'], tmp_path / 'p.png')
     with Image.open(tmp_path / 'p.png') as image:
         colors = {c for _, c in image.convert('RGB').getcolors(1 << 24)}
     assert ((0xc5, 0x1b, 0x2b) in colors) == (wrong > 0)
@@ -68,17 +91,15 @@ def test_predictions_are_drawn(tmp_path, number, wrong, size):
 @pytest.mark.parametrize('in_chans', [1, 3])
 def test_attention_is_drawn(tmp_path, in_chans):
     model = timm.create_model('test_elsa_swin', num_classes=3, img_size=(16, 48), in_chans=in_chans)
-    images = LabelledImages([Image.new('L', (16, 48))], [0])
-    images.transform = lambda image: torch.randn(in_chans, 16, 48)
-    figures.draw_attention(model, images, torch.zeros(1, 3), ['a', 'b', 'c'], tmp_path / 'a.png')
+    figures.draw_attention(
+        model, lambda index: torch.randn(in_chans, 16, 48), _predictions([0], [0]), ['a', 'b', 'c'], tmp_path / 'a.png')
     with Image.open(tmp_path / 'a.png') as image:
         colors = {c for _, c in image.convert('RGB').getcolors(1 << 24)}
     assert (0xff, 0x7f, 0x0e) in colors and (0x2f, 0x9b, 0xff) in colors
 
 
 def test_attention_needs_a_local_layer(tmp_path):
-    images = LabelledImages([Image.new('L', (32, 32))], [0])
-    images.transform = lambda image: torch.randn(3, 32, 32)
     model = timm.create_model('test_resnet', num_classes=3)
     with pytest.raises(ValueError, match='no ElsaAttention'):
-        figures.draw_attention(model, images, torch.zeros(1, 3), ['a', 'b', 'c'], tmp_path / 'a.png')
+        figures.draw_attention(
+            model, lambda index: torch.randn(3, 32, 32), _predictions([0], [0]), ['a', 'b', 'c'], tmp_path / 'a.png')

@@ -1,0 +1,244 @@
+"""Batches whose content depends on the seed, the epoch and the step alone: not on workers, processes, or a restart."""
+import logging
+import multiprocessing
+import random
+from itertools import islice
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+
+from .config import RecipeError
+from .world import World, mix_seed
+
+_logger = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on, with the name of the folder or file at fault."""
+
+
+_MAX_UNREADABLE = 10  # one after the other, before it is taken for a fault of the disk
+
+
+class Samples(Dataset):
+    """A data set whose sample i of epoch e draws its augmentation from a generator of (seed, e, i).
+
+    Samples that cannot be read are counted and replaced.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, missing: Any = None) -> None:
+        """
+        Args:
+            dataset: Returns samples by their number; raises OSError or DataError for one that cannot be read.
+            seed: Seed of the augmentation.
+            missing: Sample to return in place of what cannot be read; None for the next that can.
+        """
+        self.dataset = dataset
+        self.seed = seed
+        self.missing = missing
+        self._unreadable = multiprocessing.Value('q', 0)  # of all workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: Tuple[int, int]) -> Any:
+        epoch, first = place
+        for attempt in range(_MAX_UNREADABLE):
+            index = (first + attempt) % len(self)
+            seed = mix_seed(self.seed, epoch, index)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            try:
+                return self.dataset[index]
+            except (OSError, DataError) as e:
+                error = e
+                with self._unreadable.get_lock():
+                    self._unreadable.value += 1
+                _logger.warning('skipped: %s', e)
+                if self.missing is not None:
+                    return self.missing
+        raise DataError(f'{_MAX_UNREADABLE} images in a row cannot be read, of them the last: {error}') from error
+
+    def take_unreadable(self) -> int:
+        """How many samples could not be read since this was last asked."""
+        with self._unreadable.get_lock():
+            number, self._unreadable.value = self._unreadable.value, 0
+        return number
+
+
+class _Order(Sampler):
+    """Batches of places (epoch, index) of one process, from any step on."""
+
+    def __init__(self, sampler: Sampler, batch_size: int, drop_last: bool) -> None:
+        self.sampler = sampler
+        self.batches = BatchSampler(sampler, batch_size, drop_last)
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        if hasattr(self.sampler, 'set_epoch'):
+            self.sampler.set_epoch(self.epoch)
+        for batch in islice(self.batches, self.start, None):
+            yield [(self.epoch, index) for index in batch]
+
+
+class TrainLoader:
+    """The batches of one process in training.
+
+    A step takes `batch_size` images over all processes, and each process its share in `accumulate` parts. Which images
+    a step takes and how each is augmented is the same for any number of processes, parts and workers. A stream
+    (IterableDataset) has the order of its reader, and is read again up to the place where an epoch goes on.
+    """
+
+    def __init__(
+            self,
+            dataset: Union[Dataset, IterableDataset],
+            batch_size: int,
+            world: World,
+            seed: int,
+            accumulate: int = 1,
+            workers: int = 0,
+            collate: Optional[Callable[[List[Any]], Any]] = None,
+            wrap: Callable[[DataLoader], Any] = lambda loader: loader,
+    ) -> None:
+        """
+        Args:
+            dataset: Images and targets, by number or as a stream.
+            batch_size: Images of a step, over all processes and parts. Lowered to what the data set holds.
+            world: This process.
+            seed: Seed of order and augmentation.
+            accumulate: Parts of a step in each process.
+            workers: Processes that load.
+            collate: Makes a batch of samples.
+            wrap: Applied to the loader, such as timm's PrefetchLoader.
+
+        Raises:
+            RecipeError: The images of a step cannot be shared equally.
+        """
+        parts = world.size * accumulate
+        if batch_size % parts:
+            raise RecipeError(
+                f'batch_size: got {batch_size}, must be a multiple of {parts}: {world.size} processes of {accumulate}'
+                f' accumulated parts.')
+        self.samples = None
+        stream = isinstance(dataset, IterableDataset)
+        self.num_images = len(dataset) * (world.size if stream else 1)
+        if not stream:
+            batch_size = min(batch_size, self.num_images // parts * parts)
+        if batch_size == 0:
+            raise DataError(f'there are {self.num_images} images to train on, fewer than a step needs.')
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self._generator = torch.Generator()  # seeds the workers, which matters for streams alone
+        common = dict(
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=collate,
+            pin_memory=world.device.type == 'cuda',
+            generator=self._generator,
+        )
+        if stream:
+            self._stream, self._order = dataset, None
+            if hasattr(dataset, 'set_loader_cfg'):
+                dataset.set_loader_cfg(num_workers=workers)
+            loader = DataLoader(dataset, batch_size=batch_size // parts, drop_last=True, **common)
+        else:
+            self.samples = Samples(dataset, seed)
+            sampler = DistributedSampler(
+                dataset, num_replicas=world.size, rank=world.rank, shuffle=True, seed=seed % 2 ** 31, drop_last=True)
+            self._stream, self._order = None, _Order(sampler, batch_size // parts, drop_last=True)
+            loader = DataLoader(self.samples, batch_sampler=self._order, **common)
+        self.loader = wrap(loader)
+        self.steps = self.num_images // batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[List[Any]]:
+        """The parts of each step of an epoch, from step `start` on."""
+        skip = start * self.accumulate
+        self._generator.manual_seed(mix_seed(self.seed, epoch))
+        if self._order is not None:
+            self._order.epoch, self._order.start = epoch, skip
+            batches = iter(self.loader)
+        else:
+            if hasattr(self._stream, 'set_epoch'):
+                self._stream.set_epoch(epoch)
+            batches = islice(self.loader, skip, None)
+        for _ in range(start, self.steps):
+            parts = list(islice(batches, self.accumulate))
+            if len(parts) < self.accumulate:
+                raise DataError(f'the stream ended early: {self.num_images} images were announced for an epoch.')
+            yield parts
+
+    def take_unreadable(self) -> int:
+        """How many images this process could not read since this was last asked."""
+        return self.samples.take_unreadable() if self.samples is not None else 0
+
+
+class EvalLoader:
+    """Every image of a data set once, over all processes.
+
+    All processes have as many batches, so that models that talk to each other stay in step; what the last batch of a
+    process repeats for that is not counted by `num_valid`.
+    """
+
+    def __init__(
+            self,
+            dataset: Union[Dataset, IterableDataset],
+            batch_size: int,
+            world: World,
+            missing: Any,
+            workers: int = 0,
+            collate: Optional[Callable[[List[Any]], Any]] = None,
+            wrap: Callable[[DataLoader], Any] = lambda loader: loader,
+    ) -> None:
+        """
+        Args:
+            dataset: Images and targets, by number or as a stream.
+            batch_size: Images of a batch of this process.
+            world: This process.
+            missing: Sample in place of one that cannot be read.
+            workers: Processes that load.
+            collate: Makes a batch of samples.
+            wrap: Applied to the loader.
+        """
+        common = dict(
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=collate,
+            pin_memory=world.device.type == 'cuda',
+            generator=torch.Generator(),  # leaves the global one alone
+        )
+        self.samples = None
+        self.num_valid = None  # samples of this process that count, None for all
+        if isinstance(dataset, IterableDataset):
+            if hasattr(dataset, 'set_loader_cfg'):
+                dataset.set_loader_cfg(num_workers=workers)
+            loader = DataLoader(dataset, batch_size=batch_size, **common)
+        else:
+            self.samples = Samples(dataset, 0, missing)
+            sampler = OrderedDistributedSampler(dataset, num_replicas=world.size, rank=world.rank)
+            self.num_valid = sampler.num_valid_samples
+            loader = DataLoader(self.samples, batch_sampler=_Order(sampler, batch_size, drop_last=False), **common)
+        self.loader = wrap(loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def merge(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Values of all samples from those of each process, in the order of the data set where it has one."""
+        if self.num_valid is None:
+            return torch.cat(list(parts))
+        merged = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]))
+        for rank, part in enumerate(parts):
+            merged[rank::len(parts)] = part
+        return merged

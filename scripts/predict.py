@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Classify images: files, folders or patterns.
+
+    python scripts/predict.py holiday.jpg --model local-dir:output/pictures/model
+    python scripts/predict.py shots/ 'more/**/*.png' --model local-dir:output/pictures/model --output result
+
+Prints the likeliest classes of each image. With --output they are kept as predictions.csv or predictions.json, with a
+contact sheet, contact.png, and, for models with local attention, attention.png: where it is sharp and where it spreads.
+"""
+import argparse
+import csv
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import List, Optional
+
+import torch
+from timm.utils import setup_default_logging
+
+import elsa_models  # noqa: F401, registers the models
+from elsa_models._files import write_atomically
+from elsa_models.layers import ElsaAttention
+from elsa_models.training import DataError, OutputError, RecipeError, figures
+from elsa_models.training.inference import Answer, classify, find_images, load_classifier
+from elsa_models.training.world import join_world
+
+
+def _as_csv(answers: List[Answer], top_k: int) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['file', *(f'{kind}{i + 1}' for i in range(top_k) for kind in ('label', 'probability'))])
+    for answer in answers:
+        row = [x for label, p in zip(answer.labels, answer.probabilities, strict=True) for x in (label, f'{p:.6f}')]
+        writer.writerow([answer.file, *row])
+    return text.getvalue()
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the program and return its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('inputs', nargs='+', metavar='IMAGES', help='image files, folders or patterns')
+    parser.add_argument('--model', required=True, help="timm's name, hf-hub:OWNER/NAME, or local-dir:FOLDER")
+    parser.add_argument('--checkpoint', metavar='FILE', help='take the weights in this file')
+    parser.add_argument('--onnx', metavar='FILE', help='compute with this ONNX file')
+    parser.add_argument('--num-classes', type=int, metavar='N', help="number of classes, where not the model's own")
+    parser.add_argument('--top-k', type=int, default=5, metavar='N', help='classes for each image (%(default)s)')
+    parser.add_argument('--batch-size', type=int, default=16, metavar='N', help='images at once (%(default)s)')
+    parser.add_argument('--workers', type=int, default=0, metavar='N', help='processes that load (%(default)s)')
+    parser.add_argument('--device', default='auto', help='cpu, cuda, ... (%(default)s)')
+    parser.add_argument('--output', metavar='FOLDER', help='folder for a table and pictures')
+    parser.add_argument('--format', choices=('csv', 'json'), default='csv', help='of the table (%(default)s)')
+    args = parser.parse_args(argv)
+    setup_default_logging(logging.WARNING)
+    for name in ('top_k', 'batch_size'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")}: got {getattr(args, name)}, must be at least 1')
+    try:
+        device = join_world(args.device).device
+        files = find_images(args.inputs)
+        classifier = load_classifier(
+            args.model, device, checkpoint=args.checkpoint, onnx=args.onnx, num_classes=args.num_classes)
+        answers = classify(classifier, files, device, args.top_k, args.batch_size, args.workers)
+        for answer in answers:
+            classes = ', '.join(
+                f'{label} {p:.1%}' for label, p in zip(answer.labels, answer.probabilities, strict=True))
+            print(f'{answer.file}: {classes or "cannot be read"}')
+        if args.output is not None:
+            folder = Path(args.output)
+            folder.mkdir(parents=True, exist_ok=True)
+            if args.format == 'json':
+                table = json.dumps([a._asdict() for a in answers], indent=2, ensure_ascii=False)
+            else:
+                table = _as_csv(answers, min(args.top_k, classifier.num_classes))
+            write_atomically(table, folder / f'predictions.{args.format}')
+            readable = [a for a in answers if a.labels]
+            if readable:
+                figures.draw_contact_sheet(readable, folder / 'contact.png')
+                if args.onnx is None and any(isinstance(m, ElsaAttention) for m in classifier.model.modules()):
+                    with torch.no_grad():
+                        figures.draw_overlays(classifier, readable, folder / 'attention.png')
+    except (RecipeError, DataError, OutputError, OSError, ImportError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 2
+    return 0 if all(a.labels for a in answers) else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,151 @@
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from elsa_models.training import ClassificationJob, Recipe, load_splits, run_job
+
+ROOT = Path(__file__).parents[2]
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+validate, predict = _load('validate'), _load('predict')
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A small model of the digits with its ONNX file, and some digits as files, one of them broken."""
+    folder = tmp_path_factory.mktemp('trained')
+    result = run_job(Recipe(
+        output=str(folder), limit=20, epochs=4, batch_size=16, lr=2e-3, hflip=0., color_jitter=0., figures=False,
+        scale=(0.6, 1.), crop_pct=1., model_args=dict(img_size=32, kernel_size=3)), ClassificationJob)
+    splits = load_splits(Recipe(limit=20))
+    for i in range(6):
+        (folder / 'images').mkdir(exist_ok=True)
+        splits.val.image(i).save(folder / 'images' / f'{i}.png')
+    return result
+
+
+def _measure(tmp_path, *arguments):
+    file = tmp_path / 'numbers.json'
+    assert validate([*map(str, arguments), '--limit', '20', '--device', 'cpu', '--output', str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def test_same_numbers_as_in_training_from_folder_checkpoint_and_onnx(tmp_path, trained, capsys):
+    folder = trained.folder
+    expected = {k: trained.metrics[f'val_{k}'] for k in ('loss', 'top1', 'top5', 'images')}
+    model = ('--model', f'local-dir:{folder / "model"}')
+    found = _measure(tmp_path, *model)
+    assert {k: found[k] for k in expected} == pytest.approx(expected, rel=1e-6)
+    assert f'top-1:    {expected["top1"]:.3f} %' in capsys.readouterr().out
+    onnx = _measure(tmp_path, *model, '--onnx', folder / 'model.onnx', '--batch-size', 7)
+    assert onnx['top1'] == expected['top1'] and onnx['loss'] == pytest.approx(expected['loss'], rel=1e-4)
+    again = _measure(
+        tmp_path, '--model', 'test_elsa_swin', '--num-classes', 10, '--model-args', 'img_size=32', 'kernel_size=3',
+        '--checkpoint', folder / 'model' / 'model.safetensors', '--crop-pct', 1., '--batch-size', 3)
+    assert again['top1'] == expected['top1'] and again['loss'] == pytest.approx(expected['loss'], rel=1e-5)
+
+
+def test_parts(tmp_path, trained):
+    model = ('--model', f'local-dir:{trained.folder / "model"}')
+    parts = {part: _measure(tmp_path, *model, '--part', part) for part in ('train', 'val', 'all')}
+    assert [parts[p]['images'] for p in ('train', 'val', 'all')] == [150, 50, 200]
+    for name in ('top1', 'loss'):
+        mean = (150 * parts['train'][name] + 50 * parts['val'][name]) / 200
+        assert parts['all'][name] == pytest.approx(mean)
+
+
+def test_classes_are_matched_by_name(tmp_path, trained):
+    folder = tmp_path / 'data'
+    splits = load_splits(Recipe(limit=20))
+    for i, target in enumerate(splits.train.targets):
+        if target in (3, 7):
+            name = {3: '3', 7: '7'}[target]
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            splits.train.image(i).save(folder / name / f'{i}.png')
+    model = ('--model', f'local-dir:{trained.folder / "model"}')
+    found = _measure(tmp_path, *model, '--data', folder, '--part', 'all')
+    assert found['images'] == 30 and found['top1'] > 80.
+    (folder / '3').rename(folder / 'three')
+    assert validate([*map(str, model), '--data', str(folder)]) == 2
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--model', 'no_such_model'], 'no_such_model'),
+    (['--model', 'test_elsa_swin'], 'no weights are known'),
+    (['--model', 'test_elsa_swin', '--no-pretrained'], 'it has 1000 classes, the data has 10'),
+    (['--model', 'test_elsa_swin', '--checkpoint', 'absent.pth'], "checkpoint: got 'absent.pth', no such file"),
+    (['--onnx', 'absent.onnx'], "onnx: got 'absent.onnx', no such file"),
+    (['--onnx', __file__], 'cannot be read'),
+    (['--data', 'nowhere'], 'nowhere'),
+])
+def test_errors_of_validate_are_one_line(arguments, message, capsys):
+    assert validate(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_predicts_files_folders_and_patterns(tmp_path, trained, capsys):
+    images = trained.folder.parent / 'images'
+    model = ['--model', f'local-dir:{trained.folder / "model"}', '--device', 'cpu']
+    assert predict([str(images), *model, '--top-k', '3', '--output', str(tmp_path)]) == 0
+    with open(tmp_path / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row['file']).name for row in rows] == [f'{i}.png' for i in range(6)]
+    targets = load_splits(Recipe(limit=20)).val.targets[:6]
+    assert sum(int(row['label1']) == target for row, target in zip(rows, targets)) >= 5
+    for row in rows:
+        assert 1. >= float(row['probability1']) >= float(row['probability2']) >= float(row['probability3']) > 0.
+    assert f'{images / "0.png"}: {rows[0]["label1"]} ' in capsys.readouterr().out
+    for name in ('contact.png', 'attention.png'):
+        with Image.open(tmp_path / name) as image:
+            assert len(image.convert('RGB').getcolors(1 << 24)) > 50
+
+    pattern = [str(images / '[0-2].png'), str(images / '5.png'), str(images / '0.png')]
+    onnx = ['--onnx', str(trained.folder / 'model.onnx')]
+    assert predict([*pattern, *model, *onnx, '--output', str(tmp_path / 'onnx'), '--format', 'json']) == 0
+    answers = json.loads((tmp_path / 'onnx' / 'predictions.json').read_text())
+    assert [Path(a['file']).name for a in answers] == ['0.png', '1.png', '2.png', '5.png']
+    assert [a['labels'][0] for a in answers] == [rows[i]['label1'] for i in (0, 1, 2, 5)]
+    assert answers[0]['probabilities'][0] == pytest.approx(float(rows[0]['probability1']), abs=1e-4)
+    assert not (tmp_path / 'onnx' / 'attention.png').exists()
+
+
+def test_unreadable_image_is_reported_and_the_rest_classified(tmp_path, trained, capsys):
+    broken = tmp_path / 'broken.png'
+    broken.write_bytes(b'no image')
+    good = trained.folder.parent / 'images' / '1.png'
+    model = ['--model', f'local-dir:{trained.folder / "model"}', '--output', str(tmp_path / 'out')]
+    assert predict([str(broken), str(good), *model]) == 1
+    out = capsys.readouterr().out
+    assert f'{broken}: cannot be read' in out and f'{good}: ' in out
+    lines = (tmp_path / 'out' / 'predictions.csv').read_text().splitlines()
+    assert len(lines) == 3 and lines[1] == str(broken)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['nowhere/*.png', '--model', 'test_elsa_swin'], 'nowhere/*.png: no such image'),
+    ([__file__, '--model', 'no_such_model'], 'no_such_model'),
+])
+def test_errors_of_predict_are_one_line(arguments, message, capsys):
+    assert predict(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_any_model_of_timm(tmp_path, trained, capsys):
+    torch.manual_seed(0)
+    import timm
+    timm.models.save_for_hf(timm.create_model('test_resnet', num_classes=4), str(tmp_path / 'resnet'))
+    image = str(trained.folder.parent / 'images' / '1.png')
+    assert predict([image, '--model', f'local-dir:{tmp_path / "resnet"}', '--output', str(tmp_path / 'out')]) == 0
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['contact.png', 'predictions.csv']

@@ -1,0 +1,57 @@
+import resource
+import signal
+
+import pytest
+import torch
+
+from elsa_models.training import OutputError
+from elsa_models.training.checkpoint import Checkpoints
+
+
+def _names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_newest_are_kept_and_the_best_beside_them(tmp_path):
+    checkpoints = Checkpoints(tmp_path / 'deep' / 'checkpoints', keep=2)
+    assert checkpoints.load_newest() is None
+    for step in (1, 20, 300):
+        checkpoints.save(step, dict(step=step, x=torch.full((3,), step)))
+        checkpoints.save_best(dict(step=20))
+    assert _names(checkpoints.folder) == ['best.pt', 'step-0000000020.pt', 'step-0000000300.pt']
+    state = checkpoints.load_newest()
+    assert state['step'] == 300 and state['x'].tolist() == [300] * 3
+    assert checkpoints.load_best() == dict(step=20)
+
+
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'noise'])
+def test_damaged_checkpoint_is_passed_over(tmp_path, damage, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        checkpoints.save(step, dict(step=step, x=torch.randn(1000)))
+    newest = checkpoints.files()[0]
+    content = newest.read_bytes()
+    newest.write_bytes(dict(empty=b'', cut=content[:len(content) // 2], noise=bytes(range(256)) * 20)[damage])
+    assert checkpoints.load_newest()['step'] == 1
+    assert 'step-0000000002.pt: cannot be read' in caplog.text
+    checkpoints.files()[1].write_bytes(b'')
+    with pytest.raises(OutputError, match='none of its checkpoints can be read'):  # and not afresh without a word
+        checkpoints.load_newest()
+
+
+def test_full_disk_leaves_the_former_checkpoints(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, dict(step=1))
+    checkpoints.save_best(dict(step=1))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files of 100 kB at most
+    try:
+        for save in (lambda x: checkpoints.save(2, x), checkpoints.save_best):
+            with pytest.raises(OutputError, match='cannot be written .* Former checkpoints are as they were'):
+                save(dict(x=torch.randn(100_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
