@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from timm.layers import to_2tuple
-from timm.models import get_model_input_config
+from timm.models import FeatureInfo, get_model_input_config
 
 from .deploy import rewrite_for_runtimes
 
@@ -237,10 +237,16 @@ def _to_bytes(images: torch.Tensor, data_config: Dict[str, Any]) -> torch.Tensor
     return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def _feature_strides(model: nn.Module) -> Optional[List[int]]:
+    """Strides in pixels of the maps that timm's `features_only=True` gives, None for other models."""
+    info = getattr(model, 'feature_info', None)
+    return info.reduction() if isinstance(info, FeatureInfo) else None
+
+
 def _output_names(model: nn.Module) -> List[str]:
-    if not hasattr(model, 'feature_info') or _inner(model) is model:
+    strides = _feature_strides(model)
+    if strides is None:
         return ['logits']
-    strides = model.feature_info.reduction()
     names = strides if len(set(strides)) == len(strides) else range(len(strides))
     return [f'features_{x}' for x in names]
 
@@ -326,8 +332,9 @@ def _describe(onnx, proto, model, data_config, size, precision, label_names) -> 
     )
     if label_names is not None:
         description['label_names'] = json.dumps(label_names)
-    if hasattr(model, 'feature_info') and inner is not model:
-        description['feature_strides'] = json.dumps(model.feature_info.reduction())
+    strides = _feature_strides(model)
+    if strides is not None:
+        description['feature_strides'] = json.dumps(strides)
     onnx.helper.set_model_props(proto, {k: str(v) for k, v in description.items()})
     proto.producer_name = 'elsa_models'
 
