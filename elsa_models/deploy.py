@@ -33,9 +33,10 @@ class RotatedDepthwiseConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to the same, both position-major."""
         C = x.shape[1]
+        twice = torch.cat([x, x], dim=1)  # one slice per rotation, where torch.roll is exported as three operators
         y = self._conv(x, 0)
         for i in range(1, self.width):
-            y = y + self._conv(torch.roll(x, -i * (C // self.width), 1), i)
+            y = y + self._conv(twice.narrow(1, i * (C // self.width), C), i)
         return y
 
     def _conv(self, x: torch.Tensor, i: int) -> torch.Tensor:

@@ -171,14 +171,13 @@ def _check_arguments(
             f'preprocess: the model takes {in_chans} channels but its config has a mean of {len(data_config["mean"])}.')
     if images is not None and in_chans not in (1, 3):
         raise ValueError(f'images: the model takes {in_chans} channels, must be 1 or 3 to read image files.')
+    num_classes = getattr(_inner(model), 'num_classes', None)
     if label_names is None:
-        label_names = _inner(model).pretrained_cfg.get('label_names') if hasattr(_inner(model), 'pretrained_cfg') else None
-        if label_names is not None and len(label_names) != getattr(_inner(model), 'num_classes', None):
+        label_names = getattr(_inner(model), 'pretrained_cfg', {}).get('label_names')
+        if label_names is not None and len(label_names) != num_classes:
             label_names = None  # another classifier has been put on
-    elif len(label_names) != getattr(_inner(model), 'num_classes', None):
-        raise ValueError(
-            f'label_names: got {len(label_names)} names, must be {getattr(_inner(model), "num_classes", None)}, '
-            f'one for each class.')
+    elif len(label_names) != num_classes:
+        raise ValueError(f'label_names: got {len(label_names)} names, must be {num_classes}, one for each class.')
     return None if label_names is None else [str(x) for x in label_names]
 
 
@@ -260,16 +259,22 @@ def _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size
     dynamic: Dict[int, Any] = {0: torch.export.Dim('batch')} if dynamic_batch else {}
     if dynamic_size:
         dynamic.update({height: torch.export.Dim.DYNAMIC, height + 1: torch.export.Dim.DYNAMIC})
-    program = torch.onnx.export(
-        rewritten,
-        (example.to(device),),
-        input_names=['image'],
-        output_names=_output_names(model),
-        dynamic_shapes=(dynamic,) if dynamic else None,
-        opset_version=opset,
-        dynamo=True,
-        verbose=False,
-    )
+    shapes = logging.getLogger('torch.fx.experimental.symbolic_shapes')
+    level = shapes.level
+    shapes.setLevel(logging.ERROR)  # a traceback for every inequality between sizes that it cannot solve
+    try:
+        program = torch.onnx.export(
+            rewritten,
+            (example.to(device),),
+            input_names=['image'],
+            output_names=_output_names(model),
+            dynamic_shapes=(dynamic,) if dynamic else None,
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    finally:
+        shapes.setLevel(level)
     if dynamic_size:
         names = {height: 'height', height + 1: 'width'}
         for dim, name in names.items():

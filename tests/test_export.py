@@ -22,9 +22,9 @@ LARGE = [n for n in timm.list_models(['elsa_swin_*', 'elsa_volo_*'])]
 # all that any file may hold, of ONNX's own domain
 OPERATORS = {
     'Add', 'And', 'Cast', 'Concat', 'Conv', 'Div', 'Equal', 'Expand', 'Gather', 'Gelu', 'Gemm', 'Greater',
-    'GreaterOrEqual', 'Identity', 'LayerNormalization', 'Less', 'MatMul', 'Max', 'Min', 'Mod', 'Mul', 'Neg', 'Not', 'Or',
-    'Pad', 'Range', 'ReduceMax', 'ReduceMean', 'Relu', 'Reshape', 'Resize', 'Shape', 'Slice', 'Softmax', 'Split', 'Sqrt', 'Squeeze',
-    'Sub', 'Transpose', 'Unsqueeze', 'Where',
+    'GreaterOrEqual', 'Identity', 'LayerNormalization', 'Less', 'MatMul', 'Max', 'Min', 'Mod', 'Mul', 'Neg',
+    'Not', 'Or', 'Pad', 'Range', 'ReduceMax', 'ReduceMean', 'Relu', 'Reshape', 'Resize', 'Shape', 'Slice',
+    'Softmax', 'Split', 'Sqrt', 'Squeeze', 'Sub', 'Transpose', 'Unsqueeze', 'Where',
 }
 FIXED = OPERATORS - {  # what is known in advance is not computed by the graph
     'And', 'Div', 'Equal', 'Greater', 'GreaterOrEqual', 'Identity', 'Less', 'Max', 'Min', 'Mod', 'Neg', 'Not', 'Range',
@@ -36,7 +36,7 @@ def _model(name, **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, **kwargs)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # every parameter shows in the result
+        for parameter in model.parameters():  # every parameter shows in the result
             parameter.add_(.02 * torch.randn_like(parameter))
     return model.eval()
 
@@ -173,7 +173,8 @@ def test_metadata(tmp_path):
 
 def test_labels_of_a_saved_model(tmp_path):
     from timm.models import save_for_hf
-    save_for_hf(_model('test_elsa_swin', num_classes=2), str(tmp_path / 'saved'), model_config=dict(label_names=['x', 'y']))
+    model = _model('test_elsa_swin', num_classes=2)
+    save_for_hf(model, str(tmp_path / 'saved'), model_config=dict(label_names=['x', 'y']))
     model = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
     assert json.loads(_metadata(export_onnx(model, tmp_path / 'a.onnx'))['label_names']) == ['x', 'y']
     model.reset_classifier(3)
