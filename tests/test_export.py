@@ -41,6 +41,10 @@ def _model(name, **kwargs):
     return model.eval()
 
 
+def _bytes(model):
+    return 4 * sum(p.numel() for p in model.parameters())
+
+
 def _session(path):
     return onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
 
@@ -136,27 +140,26 @@ def test_preprocessing_in_the_graph(tmp_path):
 
 def test_float16(tmp_path):
     model = _model('test_elsa_swin')
-    single = export_onnx(model, tmp_path / 'single.onnx')
     path = export_onnx(model, tmp_path / 'half.onnx', precision='float16')
-    assert path.stat().st_size < .65 * single.stat().st_size
+    assert path.stat().st_size < .75 * _bytes(model)
     x = torch.randn(2, 3, 64, 64)
     _assert_agrees(path, model, x, 2e-2)
-    assert not torch.equal(_run(path, x)[0], _run(single, x)[0])
+    with torch.no_grad(), pytest.raises(AssertionError):
+        _assert_agrees(path, model, x, 1e-6)
     assert next(model.parameters()).dtype == torch.float32
 
 
 def test_int8(tmp_path, images):
     model = _model('test_elsa_swin')
-    single = export_onnx(model, tmp_path / 'single.onnx')
     path = export_onnx(model, tmp_path / 'int8.onnx', precision='int8', images=images, preprocess=True)
-    assert path.stat().st_size < .6 * single.stat().st_size
+    assert path.stat().st_size < .5 * _bytes(model)
     nodes = onnx.load(str(path)).graph.node
     assert {n.op_type for n in nodes} <= FIXED | {'QuantizeLinear', 'DequantizeLinear'}
     # every linear layer and nothing else
     linears = sum(isinstance(m, torch.nn.Linear) for m in model.modules())
     quantised = {o for n in nodes if n.op_type == 'DequantizeLinear' for o in n.output}
     assert sum(n.op_type in ('MatMul', 'Gemm') and n.input[1] in quantised for n in nodes) == linears
-    assert sorted(tmp_path.iterdir()) == [path, single]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_metadata(tmp_path):
@@ -298,7 +301,7 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
 
     def rewrite_wrongly(model):
         model = rewrite_for_runtimes(model)
-        model.layers[0].blocks[0].attn.attn_conv.weights[1].data *= 1.1
+        model.patch_embed.proj.bias.data += .01
         return model
     monkeypatch.setattr(elsa_models.export, 'rewrite_for_runtimes', rewrite_wrongly)
     with pytest.raises(RuntimeError, match='differs from the model in logits by'):
@@ -309,14 +312,18 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
 # other runtimes
 
 
-@pytest.mark.parametrize('name', SMALL)
-@pytest.mark.parametrize('dynamic', [False, True], ids=['fixed', 'dynamic'])
-def test_openvino(tmp_path, name, dynamic):
+@pytest.mark.parametrize('name, sizes', [
+    ('test_elsa_swin', [(1, 64, 64), (3, 64, 64)]),
+    ('test_elsa_volo', [(1, 64, 64), (3, 64, 64)]),
+    pytest.param('test_elsa_swin', [(1, 64, 64), (2, 49, 91), (1, 97, 50)], marks=pytest.mark.slow),
+])
+def test_openvino(tmp_path, name, sizes):
     openvino = pytest.importorskip('openvino')
+    dynamic = len(sizes) > 2
     model = _model(name, dynamic_img_size=dynamic)
     path = export_onnx(model, tmp_path / 'model.onnx', dynamic_size=dynamic)
     compiled = openvino.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    for batch, height, width in ((1, 64, 64), (3, 64, 64)) + (((2, 49, 91),) if dynamic else ()):
+    for batch, height, width in sizes:
         x = torch.randn(batch, 3, height, width)
         with torch.no_grad():
             expected = model(x)
@@ -324,20 +331,22 @@ def test_openvino(tmp_path, name, dynamic):
         assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SMALL)
 def test_torch_export_saved_and_loaded(tmp_path, name):
     model = _model(name, dynamic_img_size=True)
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.export.export(
-        model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
+        model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
     torch.export.save(program, tmp_path / 'model.pt2')
     loaded = torch.export.load(tmp_path / 'model.pt2').module()
-    for batch, height, width in ((2, 64, 64), (3, 48, 80), (2, 65, 61), (2, 97, 50), (5, 128, 66)):
+    for batch, height, width in ((2, 96, 96), (3, 66, 80), (2, 81, 97), (2, 97, 150), (5, 128, 66)):
         x = torch.randn(batch, 3, height, width)
         with torch.no_grad():
             assert_near(loaded(x), model(x), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.compiler
 @pytest.mark.parametrize('name', SMALL)
 def test_ahead_of_time_compiled(tmp_path, name):
