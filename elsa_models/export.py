@@ -113,7 +113,7 @@ def export_onnx(
             wrapped, rewritten = model, rewrite_for_runtimes(model)
             if preprocess:
                 mean, std = data_config['mean'], data_config['std']
-                wrapped, rewritten = (_Preprocessed(m, mean, std).to(device) for m in (wrapped, rewritten))
+                wrapped, rewritten = (_Preprocessed(m, mean, std).to(device).eval() for m in (wrapped, rewritten))
             proto = _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size, preprocess, opset)
             del rewritten
             batches = _make_batches(in_chans, size, dynamic_batch, dynamic_size, real)

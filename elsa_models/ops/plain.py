@@ -6,14 +6,12 @@ ones puts the weights into the band, and one gather fetches the pixels: in ONNX 
 slices, which it runs on one thread.
 
 Autograd differentiates it any number of times, which makes it the path of double backward as well. Its temporaries
-(see `TILE`; with a ghost factor K * K values per value) are why eager mode has `eager.py`.
+(10 values per value for K = 7; with a ghost factor K * K) are why eager mode has `eager.py`.
 """
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
-
-TILE = (2, 4)  # height and width: P / t = 10 for K = 7; the fastest in ONNX Runtime of nine shapes from 1 x 7 to 7 x 7
 
 
 def tile_width(width: int, tile: int = 14) -> int:
@@ -48,11 +46,14 @@ def _aggregate(
         K: int,
         d: int,
         ghost_mul: Optional[torch.Tensor],
+        tile_h: int = 2,
+        tile_w: int = 4,
 ) -> torch.Tensor:
+    # 2 x 4 is the fastest in ONNX Runtime of shapes from 1 x 7 to 7 x 7; it sees 10 pixels for each of its own at K = 7
     B, H, W, C = value.shape
     G = weights.shape[3]
     # a factor per channel and tap leaves no matrix that channels could share: each pixel is a tile of its own
-    t_h, t_w = TILE if ghost_mul is None else (1, 1)
+    t_h, t_w = (tile_h, tile_w) if ghost_mul is None else (1, 1)
     n_h, n_w = (H + t_h - 1) // t_h, (W + t_w - 1) // t_w
     H_t, W_t = n_h * t_h, n_w * t_w
     N, t = n_h * n_w, t_h * t_w  # tiles, pixels of a tile
@@ -83,6 +84,11 @@ def _aggregate(
         band = (band @ place.to(band.dtype)).transpose(0, 1).reshape(B, N, G, t, P)
     y = band @ neighbours  # B, N, G, t, C / G
     y = y.reshape(B, n_h, n_w, G, t_h, t_w, C // G).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H_t, W_t, C)
+    if not torch.jit.is_scripting():
+        if isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt):
+            # a crop is a view, and export would hold on to whether it was contiguous in the example
+            rows, columns = torch.arange(H, device=y.device), torch.arange(W, device=y.device)
+            return y.index_select(1, rows).index_select(2, columns)
     return y[:, :H, :W]
 
 
