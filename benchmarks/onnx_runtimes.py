@@ -12,14 +12,14 @@ baseline), each taken from two neighbouring measurements.
 import argparse
 import collections
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Callable, List, Tuple
 
+import harness
 import numpy as np
-from bench import append, build, describe_machine, measure_pair
+from bench import build
 
 from elsa_models.export import PRECISIONS, export_onnx
 
@@ -104,20 +104,18 @@ def main() -> None:
                 export(name, precision, folder, args)
                 for name, precision in zip(pair.split(':'), (args.precision, 'float32'))])
             steps: List[Callable] = [make_step(path, image, args) for path in files]
-            times = measure_pair(steps, args)
+            times = harness.interleave(steps, 'cpu', args.runs, args.warmup, 0.)
             if args.profile:
                 for path in files:
                     print_profile(path, image, args)
             sizes = [path.stat().st_size / 1e6 for path in files]
-        ratios = sorted(a / b for a, b in zip(*times))
         name, baseline = pair.split(':')
         row = dict(
-            **describe_machine(args), runtime=args.runtime, precision=args.precision, img_size=args.img_size,
-            model=name, baseline=baseline, runs=args.runs, ratio=f'{statistics.median(ratios):.3f}',
-            ratio_p20=f'{ratios[len(ratios) // 5]:.3f}', ratio_p80=f'{ratios[-1 - len(ratios) // 5]:.3f}',
+            **harness.describe_machine(args), runtime=args.runtime, precision=args.precision, img_size=args.img_size,
+            model=name, baseline=baseline, runs=args.runs, **harness.compare(*times),
             export_s=' '.join(f'{x:.0f}' for x in seconds if x == x), megabytes=f'{sizes[0]:.1f}',
             baseline_megabytes=f'{sizes[1]:.1f}')
-        append(args.csv, row)
+        harness.append(args.csv, row)
         print(
             f'{name} / {baseline}, {args.runtime} {args.precision}, {args.threads} threads: time {row["ratio"]} '
             f'({row["ratio_p20"]} to {row["ratio_p80"]}), export {row["export_s"] or "not repeated"} s, '
