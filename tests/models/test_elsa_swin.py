@@ -543,7 +543,7 @@ def test_set_input_size_equals_a_model_built_for_it(sizes):
     fresh.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, *sizes[-1])
     assert torch.equal(model(x), fresh(x))
-    with pytest.raises(ValueError, match='got height 60 and width 60, must be'):
+    with pytest.raises(ValueError, match='got 60 x 60 pixels, must be'):
         model(torch.randn(2, 3, 60, 60))
 
 

@@ -195,8 +195,8 @@ def test_any_size_is_padded_inside(size):
         y = model(x)
         # by hand: zeros on the right and at the bottom, of the image and of the map to be halved
         patches = model.patch_embed.proj(model.patch_embed.conv(F.pad(x, (0, 4 * w - W, 0, 4 * h - H))))
-        halved = taps[0].output.permute(0, 3, 1, 2)
-        halved = model.network[1].proj(F.pad(halved, (0, w % 2, 0, h % 2)))
+        halved = F.pad(taps[0].output, (0, 0, 0, w % 2, 0, h % 2)).permute(0, 3, 1, 2)
+        halved = model.network[1].proj(halved)
     assert y.shape == (2, 10)
     assert bits_equal(taps[0].input, patches.permute(0, 2, 3, 1))
     assert taps[0].output.shape == (2, h, w, 48)
