@@ -97,12 +97,12 @@ def test_a_forked_process(tmp_path):
         assert numba_cpu._parallel_pid == os.getpid()
         pid = os.fork()
         if pid == 0:
-            os._exit(0 if torch.equal(call(), expected) else 3)
+            os._exit(0 if (call().numpy() == expected.numpy()).all() else 3)  # no threads of PyTorch's either
         assert os.waitpid(pid, 0)[1] == 0
         assert torch.equal(call(), expected)
     '''
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True, timeout=300, cwd=root)
+    subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True, timeout=120, cwd=root)
 
 
 def test_part_of_a_projection_is_not_copied(monkeypatch):
