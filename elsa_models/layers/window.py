@@ -14,7 +14,21 @@ class WindowBlock(SwinTransformerBlock):
 
     timm keeps the shift of the size that it was built for: at 224 pixels the last stage of Swin is one window, so
     its blocks would not shift on larger maps either. The mask comes from comparisons alone, which export takes.
+
+    Maps that windows do not divide are shifted and then padded, as timm does. With `pad_before_shift` they are padded
+    and then shifted, as the detection code of Swin's and ELSA's authors does: the padding lies elsewhere, so pixels
+    meet in other windows, and the mask, which is made for the padded map, is exact.
     """
+
+    def __init__(self, *args, pad_before_shift: bool = False, **kwargs) -> None:
+        """
+        Args:
+            *args: Of timm's block.
+            pad_before_shift: Pad first, then shift.
+            **kwargs: Of timm's block.
+        """
+        super().__init__(*args, **kwargs)
+        self.pad_before_shift = pad_before_shift
 
     def _attn(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
@@ -30,6 +44,10 @@ class WindowBlock(SwinTransformerBlock):
         else:
             mask = self.attn_mask
 
+        period_h, period_w = H, W  # of the cyclic shift
+        if self.pad_before_shift:
+            x = pad_map(x, padded_h, padded_w)
+            period_h, period_w = padded_h, padded_w
         if shifted:
             x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
         x = pad_map(x, padded_h, padded_w)
@@ -37,19 +55,28 @@ class WindowBlock(SwinTransformerBlock):
         windows = self.attn(windows, mask=mask)
         windows = windows.view(-1, window_h, window_w, C)
         x = window_reverse(windows, self.window_size, padded_h, padded_w)
-        return self._uncover(x, H, W, shift_h, shift_w)
+        return self._uncover(x, H, W, period_h, period_w, shift_h, shift_w)
 
-    def _uncover(self, x: torch.Tensor, H: int, W: int, shift_h: int, shift_w: int) -> torch.Tensor:
-        """Take padding and shift off a map."""
+    def _uncover(
+            self,
+            x: torch.Tensor,
+            H: int,
+            W: int,
+            period_h: int,
+            period_w: int,
+            shift_h: int,
+            shift_w: int,
+    ) -> torch.Tensor:
+        """Take padding and shift off a map; its first period_h x period_w pixels were shifted."""
         if not torch.jit.is_scripting():
             if self.dynamic_mask and sizes_are_open():
                 # a crop is a view, and compiles anew for maps on which it is contiguous
                 rows, columns = torch.arange(H, device=x.device), torch.arange(W, device=x.device)
-                return x.index_select(1, (rows - shift_h) % H).index_select(2, (columns - shift_w) % W)
-        x = x[:, :H, :W, :].contiguous()
+                return x.index_select(1, (rows - shift_h) % period_h).index_select(
+                    2, (columns - shift_w) % period_w)
         if shift_h > 0 or shift_w > 0:
-            x = torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2))
-        return x
+            x = torch.roll(x[:, :period_h, :period_w, :], shifts=(shift_h, shift_w), dims=(1, 2))
+        return x[:, :H, :W, :].contiguous()
 
     def _dynamic_shift(self, H: int, W: int) -> Tuple[int, int, bool]:
         """Shifts of a map, and whether there may be any: where they are symbolic, that must not be branched on."""
