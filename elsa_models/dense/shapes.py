@@ -19,8 +19,8 @@ class Scene(NamedTuple):
 class Shapes:
     """A data set of scenes, each drawn from its number and the seed alone.
 
-    Colours say nothing of the class, sizes vary by a factor of 2.5, objects hide parts of each other, and one scene in
-    sixteen is empty.
+    Objects are brighter than the background; colours say nothing of the class. Sizes vary by a factor of 2.5, objects
+    hide parts of each other, and one scene in sixteen is empty.
     """
 
     def __init__(self, number: int, size: int = 96, seed: int = 0, max_objects: int = 4) -> None:
@@ -53,7 +53,7 @@ class Shapes:
         for i in range(0 if rng.random() < 1 / 16 else int(rng.integers(1, self.max_objects + 1))):
             label, shape = _draw(rng, size)
             owner[shape] = i
-            color = rng.integers(0, 256, 3)
+            color = rng.integers(128, 256, 3)
             canvas.paste(tuple(int(c) for c in color), mask=Image.fromarray(shape))
             labels.append(label)
             areas.append(shape.sum())
@@ -69,7 +69,7 @@ class Shapes:
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-    corners = rng.integers(0, 256, (2, 2, 3)).astype(np.uint8)
+    corners = rng.integers(0, 128, (2, 2, 3)).astype(np.uint8)
     return np.array(Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR))
 
 
