@@ -12,6 +12,7 @@ import torch.nn as nn
 from timm.models._input import get_model_input_config
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._modes import evaluating
 from .layers import ElsaAttention
 from .ops import get_backend, set_backend
 
@@ -54,18 +55,15 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
         hadamard += args[0].shape[:-1].numel() * module.split_dims[0]
 
     hooks = [m.register_forward_hook(count_hadamard) for m in model.modules() if isinstance(m, ElsaAttention)]
-    backend, modes = get_backend(), [(m, m.training) for m in model.modules()]
+    backend = get_backend()
     try:
         set_backend('torch')  # the one that takes tensors of every device
-        model.eval()
-        with torch.no_grad(), counter:
+        with evaluating(model), torch.no_grad(), counter:
             torch.func.functional_call(model, tensors, (x,))
     finally:
         for hook in hooks:
             hook.remove()
         set_backend(backend)
-        for module, training in modes:
-            module.training = training
     by_op = {str(op): flops // 2 for op, flops in counter.get_flop_counts()['Global'].items()}
     return {**by_op, 'hadamard': hadamard} if hooks else by_op
 

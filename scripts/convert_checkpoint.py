@@ -12,9 +12,8 @@ import json
 import sys
 from typing import List, Optional
 
-from elsa_models.hub import WeightsError
+from elsa_models.hub import OutputError, WeightsError
 from elsa_models.hub.convert import KINDS, convert, save
-from elsa_models.training import OutputError
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -31,7 +30,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         help='further arguments of the model, such as \'{"img_size": 384}\'')
     parser.add_argument('--name', help='of the model in its card (default: that of the folder)')
     parser.add_argument('--tag', help='what the weights were trained by and on, such as damo_in1k')
-    parser.add_argument('--license', help='of the weights (default: that of the architecture\'s origin)')
+    parser.add_argument('--license', help='of the weights (default: the authors\' for theirs, else unknown)')
     args = parser.parse_args(argv)
     try:
         model_args = json.loads(args.model_args)

@@ -20,9 +20,9 @@ import torch
 from timm.utils import setup_default_logging
 
 import elsa_models  # noqa: F401, registers the models
+from elsa_models._files import write_atomically
 from elsa_models.layers import ElsaAttention
 from elsa_models.training import DataError, OutputError, RecipeError, figures
-from elsa_models.training.files import write_atomically
 from elsa_models.training.inference import Answer, classify, find_images, load_classifier
 from elsa_models.training.world import join_world
 

@@ -15,11 +15,11 @@ from typing import List, Optional
 
 from timm.utils import setup_default_logging
 
+from elsa_models._extras import require
+from elsa_models._files import write_atomically
 from elsa_models.models._checkpoint import WeightsError
 from elsa_models.training import DataError, RecipeError
 from elsa_models.training.data import decode
-from elsa_models.training.extras import require
-from elsa_models.training.files import write_atomically
 from elsa_models.training.inference import find_images, unique_names
 from elsa_models.training.world import join_world
 

@@ -17,11 +17,11 @@ from PIL import Image
 from timm.utils import setup_default_logging
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from elsa_models._extras import require
+from elsa_models._files import write_atomically
 from elsa_models.models._checkpoint import WeightsError
 from elsa_models.training import DataError, RecipeError
 from elsa_models.training.data import decode
-from elsa_models.training.extras import require
-from elsa_models.training.files import write_atomically
 from elsa_models.training.inference import find_images, unique_names
 from elsa_models.training.world import join_world
 

@@ -75,12 +75,32 @@ def prepare(root=ROOT, venv=VENV):
     return python
 
 
-def command(python, arguments, root=ROOT):
-    """The command line of the training, with the recipe that suits the arguments unless they name one."""
+def read(arguments):
+    """What of the training's options decides the recipe, or needs no training."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--config')
     parser.add_argument('--data', default='digits')
-    known, _ = parser.parse_known_args(arguments)
+    parser.add_argument('-h', '--help', action='store_true')
+    return parser.parse_known_args(arguments)[0]
+
+
+def check_arguments(arguments, venv=VENV):
+    """Answer --help, and stop at what cannot work, before anything is installed."""
+    known = read(arguments)
+    if known.help and not works(python_of(venv)):
+        print(__doc__.strip())
+        print('\nOnce the environment is installed, --help lists the options of scripts/train.py as well.')
+        sys.exit(0)
+    if known.config is not None and not Path(known.config).is_file():
+        sys.exit(f'error: --config: got {known.config!r}, no such file')
+    is_name = known.config is not None and '/' in known.data  # a recipe may use a data set by its name in timm
+    if known.data != 'digits' and not Path(known.data).is_dir() and not is_name:
+        sys.exit(f'error: --data: got {known.data!r}, must be a folder with one sub-folder of images for each class')
+
+
+def command(python, arguments, root=ROOT):
+    """The command line of the training, with the recipe that suits the arguments unless they name one."""
+    known = read(arguments)
     recipe = []
     if known.config is None:
         name = 'digits.yaml' if known.data == 'digits' else 'folder.yaml'
@@ -91,6 +111,7 @@ def command(python, arguments, root=ROOT):
 def main():
     """Prepare the environment and become the training."""
     check_python()
+    check_arguments(sys.argv[1:])
     try:
         python = prepare()
     except subprocess.CalledProcessError as e:

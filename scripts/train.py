@@ -16,6 +16,7 @@ import sys
 import time
 from typing import List, Optional
 
+import torch
 from timm.utils import setup_default_logging
 
 import elsa_models  # noqa: F401, registers the models
@@ -29,6 +30,7 @@ from elsa_models.training import (
     load_recipe,
     run_job,
 )
+from elsa_models.training.world import leave_world
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -46,6 +48,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         result = run_job(recipe, ClassificationJob)
     except (RecipeError, DataError, DivergedError, OutputError, ImportError) as e:
         print(f'error: {e}', file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as e:
+        print(f'error: {str(e).splitlines()[0]}\n'
+              'amp, accumulate, grad_checkpointing and fsdp take less memory; see docs/finetune.md', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
@@ -66,4 +72,6 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    status = main()
+    leave_world()
+    sys.exit(status)

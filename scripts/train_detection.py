@@ -12,7 +12,7 @@ import sys
 from typing import List, Optional
 
 import elsa_models  # noqa: F401, registers the models
-from elsa_models.training.extras import require
+from elsa_models._extras import require
 from elsa_models.training.script import train_script
 
 

@@ -1,5 +1,9 @@
+import os
+
 import pytest
 import torch
+
+os.environ.setdefault('NUMBA_NUM_THREADS', '4')  # read when Numba is imported: threads are tested on any machine
 
 
 @pytest.fixture(autouse=True)

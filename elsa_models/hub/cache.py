@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import constants
 
+from .._files import write_atomically
 from ..models._checkpoint import WeightsError
 
 _logger = logging.getLogger(__name__)
@@ -47,17 +48,6 @@ def sha256_of(path: Union[str, Path]) -> str:
         while chunk := f.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all, through a temporary one beside it."""
-    temporary = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
-    try:
-        with open(temporary, 'wb') as f:
-            f.write(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -166,7 +156,7 @@ class CacheEntry:
         data = safetensors.torch.save(tensors, metadata={'format': 'pt'})
         # the digest is that of what was to be written, not of what the disk made of it
         record = Record(hashlib.sha256(data).hexdigest(), len(data), source, source_sha256)
-        write_atomically(self.folder / record.file, data)
+        write_atomically(data, self.folder / record.file)
         return self._vouch(record)
 
     def add_file(self, path: Path, sha256: str, source: str) -> Path:
@@ -190,7 +180,7 @@ class CacheEntry:
         return self._vouch(record)
 
     def _vouch(self, record: Record) -> Path:
-        write_atomically(self.folder / RECORD, json.dumps(asdict(record), indent=2).encode() + b'\n')
+        write_atomically(json.dumps(asdict(record), indent=2) + '\n', self.folder / RECORD)
         self.clean(record.file)
         path = self.find()
         if path is None:

@@ -10,14 +10,15 @@ import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
+from .._files import replace_folder
 from ..macs import count_macs
 from ..models import warm_start
 from ..models._checkpoint import WeightsError, fit_weights, read_checkpoint, unwrap
-from ..models.elsa_swin import ElsaSwin, _convert_authors
-from ..training.files import replace_folder
+from ..models.elsa_swin import ElsaSwin, convert_authors, is_authors
 from .cache import sha256_of
 from .resolve import checkpoint_filter_of
 
+_UNKNOWN = 'unknown'  # licence
 KINDS = ('auto', 'weights', 'backbone', 'warm-start')
 FILES = ('README.md', 'config.json', 'model.safetensors')  # of a converted folder
 _BACKBONE = 'backbone.'  # prefix in checkpoints of detectors and segmenters
@@ -57,6 +58,7 @@ class Conversion:
     report: KeyReport
     summary: str  # where the weights are from, in words
     license: str
+    label_names: Optional[List[str]] = None  # of the classes, where they are known
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -65,15 +67,15 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _trace(found: Dict[str, torch.Tensor], fitted: Dict[str, torch.Tensor], model: nn.Module) -> List[Row]:
     """Follow each entry of a file through renaming alone, together with the one entry that its meaning hangs on."""
-    is_authors = any(k.endswith('.attn.post_proj.weight') for k in found)
+    of_authors = is_authors(found)
     rows, reached = [], set()
     for key, x in found.items():
         renamed = {key: x}
-        if is_authors:
+        if of_authors:
             table = key.rpartition('.pre_proj.')[0] + '.rb'
             company = {table: found[table]} if '.attn.pre_proj.' in key and table in found else {}
-            renamed = _convert_authors({**company, key: x})
-            for k in _convert_authors(company):
+            renamed = convert_authors({**company, key: x})
+            for k in convert_authors(company):
                 renamed.pop(k, None)
         targets = tuple(k for k in renamed if k in fitted)
         reached.update(targets)
@@ -158,13 +160,12 @@ def convert(
     found = unwrap(read_checkpoint(path, use_ema))
     if kind == 'auto':
         kind = _guess_kind(found)
-    cfg_license = timm.get_pretrained_cfg(architecture).license
     if kind == 'warm-start':
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = timm.create_model(architecture, **model_args)
         try:
-            report = warm_start(model, path)
+            report = warm_start(model, path, use_ema)
         except (ValueError, RuntimeError) as e:
             raise WeightsError(f'{path}: {e}') from e
         rows = [(k, (k,), ('same',)) for k in report.copied]
@@ -175,12 +176,12 @@ def convert(
         summary = (
             f'A start for training, and no trained model: {share:.0f} % of the parameters are those of a related model,'
             f' the others, local attention among them, have their initial values.')
-        return Conversion(model, kind, KeyReport(tuple(rows)), summary, cfg_license)
+        return Conversion(model, kind, KeyReport(tuple(rows)), summary, _UNKNOWN)
     names = {k: k for k in found}
     if kind == 'backbone':
         names = _take_backbone(found)
         summary = 'The backbone of a detection or segmentation model, without classifier.'
-    elif any(k.endswith('.attn.post_proj.weight') for k in found):
+    elif is_authors(found):
         summary = 'From a checkpoint of the ELSA authors\' training code.'
     else:
         summary = 'From a checkpoint of a training with this package.'
@@ -198,7 +199,18 @@ def convert(
     if hasattr(model, 'init_non_persistent_buffers'):
         model.init_non_persistent_buffers()
     model.load_state_dict(fitted)
-    return Conversion(model, kind, KeyReport(tuple(rows)), summary, cfg_license)
+    license = timm.get_pretrained_cfg(architecture).license if is_authors(taken) else _UNKNOWN
+    return Conversion(model, kind, KeyReport(tuple(rows)), summary, license, _label_names(path, model.num_classes))
+
+
+def _label_names(path: Path, num_classes: int) -> Optional[List[str]]:
+    """Names of the classes from the config.json beside a file, where training with this package has left one."""
+    try:
+        names = json.loads(path.with_name('config.json').read_text(encoding='utf-8'))['label_names']
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_list = isinstance(names, list) and len(names) == num_classes and all(isinstance(n, str) for n in names)
+    return names if is_list else None
 
 
 def _with_original_name(row: Row, names: Dict[str, str]) -> Row:
@@ -219,7 +231,7 @@ tags:
 - elsa
 ---
 ```python
-import elsa_models  # pip install elsa_models; without it timm does not know the model
+import elsa_models  # from a clone of its repository: pip install . Without it timm does not know the model
 import timm
 
 model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True)
@@ -242,7 +254,7 @@ model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True)
 No accuracy is stated: none was measured on this file.
 
 Paper: [What Limits the Performance of Local Self-attention?](https://arxiv.org/abs/2112.12786) (ELSA), IJCV 2023.
-Code: [elsa_models](https://github.com/elsa-models/elsa_models){origin}. Licence: {license}.
+Code: elsa_models{origin}. Licence: {license}.
 '''
 
 
@@ -252,7 +264,8 @@ def model_card(conversion: Conversion, name: str, license: str, source_sha256: s
     cfg = model.pretrained_cfg
     channels, height, width = cfg['input_size']
     num_params = sum(p.numel() for p in model.parameters())
-    origin = f'; the authors\' is at {cfg["origin_url"]}' if cfg.get('origin_url') else ''
+    of_authors = conversion.license != _UNKNOWN and cfg.get('origin_url')
+    origin = f'; the authors\' is at {cfg["origin_url"]}' if of_authors else ''
     return _CARD.format(
         task='image-classification' if model.num_classes else 'image-feature-extraction',
         license=license,
@@ -292,20 +305,25 @@ def save(
         source: The file that was converted.
         name: Of the model in its card; that of the folder if None.
         tag: What the weights were trained by and on, as in `damo_in1k`.
-        license: Of the weights; by where they are from if None.
+        license: Of the weights; if None, that of the authors for theirs, and unknown for others.
 
     Raises:
         OutputError: The folder holds something else.
     """
     folder = Path(folder).absolute()
     model = conversion.model
-    model_config = dict(pretrained_cfg=dict(tag=tag, license=license or conversion.license))
+    license = license or conversion.license
+    model_config = dict(pretrained_cfg=dict(tag=tag, license=license))
+    if conversion.license == _UNKNOWN:
+        model_config['pretrained_cfg']['origin_url'] = None  # that of the authors' weights
+    if conversion.label_names is not None:
+        model_config['label_names'] = conversion.label_names
     if conversion.kind == 'warm-start':
         model_config['pretrained_cfg']['description'] = conversion.summary
     with replace_folder(folder, FILES) as temporary:
         save_for_hf(model, temporary, model_config=model_config, safe_serialization=True)
         card = model_card(
-            conversion, name or folder.name, license or conversion.license, sha256_of(source),
+            conversion, name or folder.name, license, sha256_of(source),
             sha256_of(temporary / 'model.safetensors'))
         (temporary / 'README.md').write_text(card, encoding='utf-8')
         check_folder(temporary)

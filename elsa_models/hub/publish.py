@@ -1,11 +1,11 @@
 """From a converted folder to a repository of a hub."""
+import hashlib
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Union
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from ..models._checkpoint import WeightsError
-from .cache import sha256_of
 from .convert import FILES, check_folder
 from .sources import explain
 
@@ -51,11 +51,13 @@ def publish(
         raise ValueError(f'repo_id: got {repo_id!r}, must be OWNER/NAME.')
     config = check_folder(folder)
     card = (folder / 'README.md').read_text(encoding='utf-8').replace('hf-hub:OWNER/', f'hf-hub:{owner}/')
-    digest = sha256_of(folder / 'model.safetensors')
+    contents = {name: (folder / name).read_bytes() for name in FILES}
+    contents['README.md'] = card.encode()
+    digest = hashlib.sha256(contents['model.safetensors']).hexdigest()
     if digest not in card:
         raise WeightsError(
             f'{folder / "README.md"}: does not give the sha256 of model.safetensors, {digest}. Convert it again.')
-    files = [f'{f} {(folder / f).stat().st_size} {sha256_of(folder / f)}' for f in FILES]
+    files = [f'{name} {len(data)} {hashlib.sha256(data).hexdigest()}' for name, data in contents.items()]
     api = HfApi(token=token, library_name='elsa_models')
     url = f'{api.endpoint}/{repo_id}'
     if dry_run:
@@ -65,8 +67,6 @@ def publish(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision and revision != 'main':
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        contents = {name: str(folder / name) for name in FILES}
-        contents['README.md'] = card.encode()
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, content) for name, content in contents.items()],

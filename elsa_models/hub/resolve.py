@@ -205,4 +205,4 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = Non
     return _find_released(cfg, cache_dir)
 
 
-set_weights_finder(find_weights)
+set_weights_finder(find_weights, explain)

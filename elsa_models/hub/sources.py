@@ -12,15 +12,15 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 
-from ..models._checkpoint import WeightsError
+from .._extras import how_to_install
+from ..models._checkpoint import WEIGHT_FILES, WeightsError
 from .cache import sha256_of
 
-_HUB_FILES = ('model.safetensors', 'pytorch_model.bin')  # the first that a repository has
 _DRIVE_TIMEOUT = 30.  # seconds without a byte
 _DRIVE_RETRIES = 3
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
-INSTALL_GDOWN = 'pip install \'elsa_models[hub]\''
+INSTALL_GDOWN = how_to_install('hub')
 SET_TOKEN = 'hf auth login (or export HF_TOKEN=...), with a token that may read the repository'
 SET_CACHE = 'export ELSA_CACHE=FOLDER HF_HOME=FOLDER, a folder that can be written and has room'
 GO_ONLINE = 'unset HF_HUB_OFFLINE, once, to fill the cache'
@@ -105,7 +105,7 @@ def download_from_hub(
     """
     from .. import __version__
     label = f'{repo_id}@{revision}' if revision else repo_id
-    names = (filename,) if filename else _HUB_FILES
+    names = (filename,) if filename else WEIGHT_FILES
     for name in names:
         for is_last_try in (False, True):
             try:

@@ -11,8 +11,11 @@ import torch.nn as nn
 from timm.layers import DropPath, Mlp, trunc_normal_
 
 from ..ops import local_attention
+from .arguments import check_map, whole_number
 
-torch.fx.wrap('local_attention')  # a leaf of symbolic traces
+# leaves of symbolic traces
+torch.fx.wrap('local_attention')
+torch.fx.wrap('check_map')
 
 
 class ElsaAttention(nn.Module):
@@ -60,29 +63,30 @@ class ElsaAttention(nn.Module):
             act_layer: Activation between the two convolutions.
 
         Raises:
-            ValueError: Sizes do not divide as said, kernel_size is even, or lam is no whole number (the factor is
-                drawn from N(0, 1), and a root of a negative number does not exist).
+            ValueError: Sizes are no whole numbers or do not divide as said, kernel_size is even, or lam is no whole
+                number (the factor is drawn from N(0, 1), and a root of a negative number does not exist).
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        value_dim = dim if value_dim is None else value_dim
+        dim, num_heads = whole_number('dim', dim), whole_number('num_heads', num_heads)
+        kernel_size, dilation = whole_number('kernel_size', kernel_size), whole_number('dilation', dilation)
+        group_width, lam = whole_number('group_width', group_width), whole_number('lam', lam, 0)
+        value_dim = dim if value_dim is None else whole_number('value_dim', value_dim)
         if qk_dim is None:
             qk_dim = -(-(dim // 3 * 2) // group_width) * group_width
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        qk_dim = whole_number('qk_dim', qk_dim)
+        if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size: got {kernel_size}, must be a positive odd number.')
-        if dilation < 1:
-            raise ValueError(f'dilation: got {dilation}, must be at least 1.')
-        if num_heads < 1 or value_dim % num_heads != 0:
+        if value_dim % num_heads != 0:
             raise ValueError(f'num_heads: got {num_heads}, must be a divisor of the {value_dim} value channels.')
-        if qk_dim < 1 or qk_dim % group_width != 0:
+        if qk_dim % group_width != 0:
             raise ValueError(f'qk_dim: got {qk_dim}, must be a positive multiple of group_width, {group_width}.')
-        if lam != int(lam) or lam < 0:
-            raise ValueError(f'lam: got {lam}, must be a whole number of at least 0.')
+        self.dim = dim
         self.num_heads = num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.split_dims = (qk_dim, qk_dim, value_dim)
-        self.lam = int(lam)
+        self.lam = lam
         self.gamma = float(gamma)
         self.qk_scale = float(qk_scale)
         self.attn_drop_rate = attn_drop
@@ -118,6 +122,7 @@ class ElsaAttention(nn.Module):
 
     def project(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Map (B, H, W, dim) to values (B, H, W, value_dim) and logits (B, H, W, num_heads, kernel_size ** 2)."""
+        check_map(x, self.dim)
         q, k, v = self.qkv(x).split(self.split_dims, dim=-1)
         h = q * k  # B, H, W, qk_dim
         if self.qk_scale != 1.:
@@ -127,7 +132,11 @@ class ElsaAttention(nn.Module):
         return v, logits.unflatten(-1, (self.num_heads, self.kernel_size * self.kernel_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, H, W, dim) to (B, H, W, dim)."""
+        """Map (B, H, W, dim) to (B, H, W, dim).
+
+        Raises:
+            ValueError: The input is of another shape.
+        """
         v, logits = self.project(x)
         ghost_mul, ghost_add = self.ghost_mul, self.ghost_add
         if ghost_mul is not None and self.lam != 1:

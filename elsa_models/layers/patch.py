@@ -7,8 +7,10 @@ from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Format, PatchEmbed, nchw_to, to_2tuple
+from timm.layers import Format, PatchEmbed, nchw_to
 from timm.models.swin_transformer import PatchMerging
+
+from .arguments import check_images, pair
 
 
 @torch.jit.unused
@@ -27,6 +29,7 @@ def pad_map(x: torch.Tensor, H: int, W: int) -> torch.Tensor:
 
 
 torch.fx.wrap('pad_map')
+torch.fx.wrap('check_images')
 
 
 class PaddedPatchEmbed(PatchEmbed):
@@ -46,17 +49,16 @@ class PaddedPatchEmbed(PatchEmbed):
     ) -> Tuple[Optional[Tuple[int, int]], Optional[Tuple[int, int]], Optional[int]]:
         if img_size is None:
             return None, None, None
-        img_size = to_2tuple(img_size)
-        if len(img_size) != 2 or min(img_size) < 1:
-            raise ValueError(f'img_size: got {img_size}, must be one or two positive numbers of pixels.')
+        img_size = pair('img_size', img_size)
         grid_size = tuple([(s + p - 1) // p for s, p in zip(img_size, self.patch_size)])
-        return tuple(img_size), grid_size, grid_size[0] * grid_size[1]
+        return img_size, grid_size, grid_size[0] * grid_size[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_chans, H, W) to (B, ceil(H / patch), ceil(W / patch), embed_dim)."""
+        check_images(x)
         B, C, H, W = x.shape
         if self.img_size is not None and self.strict_img_size:
-            _check_size(H, W, self.img_size[0], self.img_size[1])
+            check_size(H, W, self.img_size[0], self.img_size[1])
         patch_h, patch_w = self.patch_size
         grid_h, grid_w = (H + patch_h - 1) // patch_h, (W + patch_w - 1) // patch_w
         x = pad_map(x.permute(0, 2, 3, 1), grid_h * patch_h, grid_w * patch_w).permute(0, 3, 1, 2)
@@ -64,15 +66,20 @@ class PaddedPatchEmbed(PatchEmbed):
         return self.norm(x)
 
 
-def _check_size(H: int, W: int, expected_H: int, expected_W: int) -> None:
+def check_size(H: int, W: int, expected_H: int, expected_W: int) -> None:
+    """Require images of the model's size.
+
+    Raises:
+        ValueError: They are of another.
+    """
     if torch.jit.is_scripting() or not torch.jit.is_tracing():
         if H != expected_H or W != expected_W:
             raise ValueError(
-                f'input: got height {H} and width {W}, must be {expected_H} and {expected_W}. Build the model with '
-                f'img_size or dynamic_img_size=True, or call set_input_size, for other sizes.')
+                f'input: got {H} x {W} pixels, must be {expected_H} x {expected_W}. set_input_size() changes the size, '
+                f'a model created with dynamic_img_size=True takes any.')
 
 
-torch.fx.wrap('_check_size')
+torch.fx.wrap('check_size')
 
 
 class PaddedPatchMerging(PatchMerging):

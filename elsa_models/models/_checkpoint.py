@@ -1,9 +1,10 @@
 """Reading checkpoint files, and building a model around one."""
 import dataclasses
 import inspect
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -11,13 +12,14 @@ from timm.layers import resample_abs_pos_embed_nhwc, resample_patch_embed, resiz
 from timm.models import PretrainedCfg, build_model_with_cfg, clean_state_dict, load_state_dict
 from timm.models._builder import resolve_pretrained_cfg
 
-_NO_WEIGHTS = (
-    'none were ever released. Copy what a Swin of timm shares with it, elsa_models.warm_start(model, '
-    '\'swin_tiny_patch4_window7_224.ms_in1k\') for the tiny one')
-_FOLDER_WEIGHTS = ('model.safetensors', 'pytorch_model.bin')  # in a folder with config.json, the first that exists
+from ..layers.arguments import pair, whole_number
+
+WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder or repository, the first that exists
 _CONFIG_SOURCES = ('hf-hub', 'local-dir')  # of cfgs that timm read from a config.json
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MAX_CONFIG_INT = 16384  # no size of a model is larger, and what a config.json asks for has to be built
+_MAX_NAMES = 12  # listed in one message
+_MAX_CHARS = 100
 _WRAPPERS = ('state_dict', 'model')  # where training checkpoints keep their weights
 
 
@@ -28,18 +30,25 @@ class WeightsError(RuntimeError):
 # from a cfg and a folder for the cache to a file of weights, or None if it names none that has to be found
 WeightsFinder = Callable[[PretrainedCfg, Optional[Union[str, Path]]], Optional[Path]]
 _find_weights: Optional[WeightsFinder] = None
+_explain: Optional[Callable[[BaseException], WeightsError]] = None
 
 
-def set_weights_finder(finder: Optional[WeightsFinder]) -> None:
+def set_weights_finder(finder: WeightsFinder, explain: Callable[[BaseException], WeightsError]) -> None:
     """Let `build_model` ask `finder` for weights that are neither in memory nor in a file.
 
     Models know nothing of downloads; `elsa_models.hub` does, imports models, and names itself here.
 
     Args:
         finder: Raises `WeightsError` for weights that it should find and cannot.
+        explain: Makes a `WeightsError` of whatever a failed download raises.
     """
-    global _find_weights
-    _find_weights = finder
+    global _find_weights, _explain
+    _find_weights, _explain = finder, explain
+
+
+def explain_download(error: BaseException) -> WeightsError:
+    """What went wrong in a download and what helps, in one line."""
+    return WeightsError(f'{type(error).__name__}: {error}') if _explain is None else _explain(error)
 
 
 def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:
@@ -123,16 +132,30 @@ def check_keys(state_dict: Dict[str, Any], model: nn.Module, optional: Union[str
         optional: Prefixes of entries that may be missing or unknown (the classifiers).
 
     Raises:
-        WeightsError: Lists every missing and every unknown entry.
+        WeightsError: Names the missing and the unknown entries, by module where there are many.
     """
     expected = model.state_dict().keys()
     missing = [k for k in expected if k not in state_dict and not k.startswith(optional)]
     unknown = [k for k in state_dict if k not in expected and not k.startswith(optional)]
     if missing or unknown:
+        shared = sum(k in state_dict for k in expected)
         raise WeightsError(
-            f'checkpoint does not fit {type(model).__name__}.'
-            f' Missing ({len(missing)}): {", ".join(missing) or "none"}.'
-            f' Unknown ({len(unknown)}): {", ".join(unknown) or "none"}.')
+            f'checkpoint does not fit {type(model).__name__}: it has {shared} of the {len(expected)} entries, and '
+            f'{len(unknown)} others.'
+            f' Missing ({len(missing)}): {_in_short(missing) or "none"}.'
+            f' Unknown ({len(unknown)}): {_in_short(unknown) or "none"}.')
+
+
+def _in_short(names: Sequence[str]) -> str:
+    """A few names, or the modules that hold them with the number in each."""
+    depth = max((name.count('.') for name in names), default=0)
+    groups = {name: 0 for name in names}
+    while len(groups) > _MAX_NAMES and depth > 0:
+        groups = Counter('.'.join(name.split('.')[:depth]) for name in names)
+        depth -= 1
+    words = [f'{name} ({n})' if n > 1 else name for name, n in groups.items()]
+    more = [f'and {len(words) - _MAX_NAMES} more'] if len(words) > _MAX_NAMES else []
+    return ', '.join([w[:_MAX_CHARS] for w in words[:_MAX_NAMES]] + more)
 
 
 def fit_weights(
@@ -172,7 +195,9 @@ def fit_weights(
     known = {*model.state_dict(), *free}
     wrong += [f'{name} is unknown' for name in out if name not in known]
     if wrong:
-        raise WeightsError(f'checkpoint does not fit {type(model).__name__}: {"; ".join(wrong)}.')
+        more = [f'and {len(wrong) - _MAX_NAMES} more'] if len(wrong) > _MAX_NAMES else []
+        raise WeightsError(
+            f'checkpoint does not fit {type(model).__name__}: {"; ".join([*wrong[:_MAX_NAMES], *more])}.')
     return out
 
 
@@ -229,11 +254,11 @@ def _read_weights(
         cfg: PretrainedCfg,
         use_ema: bool,
         cache_dir: Optional[Union[str, Path]],
-        no_weights: str,
+        relative: Optional[str],
 ) -> Optional[Dict[str, Any]]:
     """The weights that a cfg stands for, or None where they are timm's to download (a plain url)."""
     if cfg.source == 'local-dir':
-        paths = [Path(cfg.file, name) for name in _FOLDER_WEIGHTS]
+        paths = [Path(cfg.file, name) for name in WEIGHT_FILES]
         return read_checkpoint(next((p for p in paths if p.is_file()), paths[0]))
     if cfg.source != 'hf-hub':
         if cfg.state_dict:
@@ -241,9 +266,12 @@ def _read_weights(
         if cfg.file:
             return read_checkpoint(cfg.file, use_ema)
         if not cfg.has_weights:
+            advice = 'Use pretrained=False'
+            if relative is not None:
+                advice += f' and copy what it shares with {relative}: elsa_models.warm_start(model, {relative!r})'
             raise WeightsError(
-                f'{variant}: pretrained=True, but no weights are known for this model: {no_weights}, or use '
-                f'pretrained=False.')
+                f'{variant}: pretrained=True, but no weights are known for this model, none were ever released. '
+                f'{advice}.')
     path = _find_weights(cfg, cache_dir) if _find_weights is not None else None
     return None if path is None else read_checkpoint(path)
 
@@ -255,7 +283,7 @@ def build_model(
         pretrained_cfg: Optional[Union[str, Dict[str, Any]]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         filter_fn: Optional[Callable] = None,
-        no_weights: str = _NO_WEIGHTS,
+        relative: Optional[str] = None,
         **kwargs,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, with weights found by `set_weights_finder`'s and read by `read_checkpoint`.
@@ -267,7 +295,7 @@ def build_model(
         pretrained_cfg: As in `timm.create_model`.
         pretrained_cfg_overlay: As in `timm.create_model`; `use_ema=False` beside `file` passes over averaged weights.
         filter_fn: Fits a checkpoint to the model.
-        no_weights: What to say and advise where no weights are known, without full stop.
+        relative: Name of timm's weights to advise for a start where no weights are known.
         **kwargs: Further arguments of `build_model_with_cfg` and of the model.
 
     Raises:
@@ -277,11 +305,13 @@ def build_model(
     use_ema = overlay.pop('use_ema', True)
     source = pretrained_cfg.get('source') if isinstance(pretrained_cfg, dict) else None
     with _blaming_config(variant, source):
+        if (size := kwargs.get('img_size')) is not None:  # timm reads it before the model does
+            kwargs['img_size'] = (pair if isinstance(size, (list, tuple)) else whole_number)('img_size', size)
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
         if source in _CONFIG_SOURCES:
             _check_config(model_cls, kwargs.get('pretrained_model_args') or {}, cfg)
         cache_dir, features = kwargs.get('cache_dir'), kwargs.get('features_only', False)
-        weights = _read_weights(variant, cfg, use_ema, cache_dir, no_weights) if pretrained else None
+        weights = _read_weights(variant, cfg, use_ema, cache_dir, relative) if pretrained else None
         if weights is None:
             return _build(model_cls, variant, pretrained, cfg, filter_fn, **kwargs)
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 from timm.models import adapt_input_conv
 
-from ._checkpoint import fit_positions, read_checkpoint, unwrap
-from .elsa_swin import ElsaSwin, _convert_authors
+from ._checkpoint import WeightsError, explain_download, fit_positions, read_checkpoint, unwrap
+from .elsa_swin import ElsaSwin, to_own_names
 from .elsa_volo import ElsaVolo
 
 _HUB_SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
@@ -72,12 +72,13 @@ class WarmStartReport:
         return names
 
 
-def _read_source(source: Union[str, Path, nn.Module]) -> Tuple[str, Dict[str, torch.Tensor]]:
+def _read_source(source: Union[str, Path, nn.Module], use_ema: bool) -> Tuple[str, Dict[str, torch.Tensor]]:
     """Name and state dict of a source.
 
     Raises:
         ValueError: The source is nothing that is known.
         TypeError: The source is of another type.
+        WeightsError: It could not be downloaded or read.
     """
     if isinstance(source, nn.Module):
         return type(source).__name__, unwrap(source.state_dict())
@@ -85,35 +86,22 @@ def _read_source(source: Union[str, Path, nn.Module]) -> Tuple[str, Dict[str, to
         raise TypeError(f'source: got {type(source).__name__}, must be a name, a path or a module.')
     name = str(source)
     if Path(source).is_file():
-        return name, read_checkpoint(source)
+        return name, read_checkpoint(source, use_ema)
     if isinstance(source, str):
         if name.startswith(_HUB_SCHEMES) or timm.is_model(name.partition('.')[0]):
-            with torch.random.fork_rng(devices=[]):  # what the source's constructor draws is nobody's business
-                return name, timm.create_model(name, pretrained=True).state_dict()
+            try:
+                with torch.random.fork_rng(devices=[]):  # what the source's constructor draws is nobody's business
+                    return name, timm.create_model(name, pretrained=True).state_dict()
+            except WeightsError:
+                raise
+            except Exception as e:  # of httpx2, of huggingface_hub, of timm, of the operating system
+                raise WeightsError(f'source: {name!r} could not be had. {explain_download(e)}'.rstrip('.') + '.') from e
         if not name.endswith(_FILE_SUFFIXES):
             raise ValueError(
                 f'source: got {name!r}, which is neither a file nor a model of timm. Must be a timm model name such as '
                 f'\'volo_d1_224.sail_in1k\', \'hf-hub:owner/model\', \'local-dir:folder\', the path of a checkpoint or '
                 f'a module.')
-    return name, read_checkpoint(source)
-
-
-def _rename(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Entries in timm's names, without saved index and mask buffers."""
-    if isinstance(model, ElsaSwin):
-        if any(k.endswith('.attn.post_proj.weight') for k in state_dict):
-            state_dict = _convert_authors(state_dict)
-        elif 'layers.0.downsample.reduction.weight' in state_dict:  # Swin's authors downsample at the end of a stage
-            renamed = {}
-            for k, x in state_dict.items():
-                parts = k.split('.')
-                if parts[0] == 'layers' and parts[2] == 'downsample':
-                    parts[1] = str(int(parts[1]) + 1)
-                elif parts[0] == 'head' and len(parts) == 2:
-                    parts.insert(1, 'fc')
-                renamed['.'.join(parts)] = x
-            state_dict = renamed
-    return {k: x for k, x in state_dict.items() if not k.endswith(('.relative_position_index', '.attn_mask'))}
+    return name, read_checkpoint(source, use_ema)
 
 
 def _elsa_attentions(state_dict: Dict[str, Any]) -> Set[str]:
@@ -138,7 +126,11 @@ def _check_family(label: str, source: Dict[str, Any], model: nn.Module, replaced
                 f'{type(module).__name__} without.')
 
 
-def warm_start(model: nn.Module, source: Union[str, Path, nn.Module]) -> WarmStartReport:
+def warm_start(
+        model: nn.Module,
+        source: Union[str, Path, nn.Module],
+        use_ema: bool = True,
+) -> WarmStartReport:
     """Copy what a related model shares with ours: VOLO with ELSA-VOLO, Swin with ELSA-Swin, or another of ours.
 
     Shared are entries of the same name and shape. Position embeddings, relative position tables and patch embeddings
@@ -149,6 +141,7 @@ def warm_start(model: nn.Module, source: Union[str, Path, nn.Module]) -> WarmSta
         model: An `ElsaVolo` or `ElsaSwin`; feature extractors have to be made from the model afterwards.
         source: Name of a timm model, with tag, whose pretrained weights are downloaded; a `hf-hub:` or `local-dir:`
             name; the path of a checkpoint; or a module.
+        use_ema: Take the averaged weights where a checkpoint file has them.
 
     Returns:
         What was copied, resized and left. Printable.
@@ -157,7 +150,7 @@ def warm_start(model: nn.Module, source: Union[str, Path, nn.Module]) -> WarmSta
         ValueError: The source is unknown, of another family or width, or model or source hold no values (meta device).
         TypeError: The model or the source is of another type.
         FileNotFoundError: There is no such file.
-        RuntimeError: The file cannot be read, or timm has no weights for the name.
+        WeightsError: The file cannot be read, or the weights of the name could not be downloaded.
 
         Whatever is raised, the model is as it was.
     """
@@ -165,8 +158,9 @@ def warm_start(model: nn.Module, source: Union[str, Path, nn.Module]) -> WarmSta
         raise TypeError(
             f'model: got {type(model).__name__}, must be an ElsaVolo or ElsaSwin. For features, warm-start the '
             f'classifier, save it, and create the feature extractor from the file.')
-    label, found = _read_source(source)
-    found = _rename(found, model)
+    label, found = _read_source(source, use_ema)
+    if isinstance(model, ElsaSwin):
+        found = to_own_names(found)
     own = model.state_dict()
     for argument, entries in (('model', own), ('source', found)):
         if any(x.is_meta for x in entries.values()):

@@ -11,16 +11,19 @@ from typing import Any, Dict, Optional, Sequence, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, to_ntuple
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models.swin_transformer import SwinTransformer, resolve_stage_window_sizes
+from timm.models.swin_transformer import SwinTransformer
 
 from ..layers import ElsaBlock, PaddedPatchEmbed, PaddedPatchMerging, WindowBlock
+from ..layers.arguments import pair, per_stage, whole_number
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 
 __all__ = ['ElsaSwin']  # model_registry will add each entrypoint fn to this
 
 _int_or_pair = Union[int, Tuple[int, int]]
+
+_SIZES = ('tiny', 'small', 'base')  # that timm's Swin has as well
 
 
 class ElsaSwinStage(nn.Module):
@@ -155,6 +158,9 @@ class ElsaSwin(SwinTransformer):
             drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
             norm_layer: Normalisation layer.
             weight_init: Weight init mode, 'skip' to leave it out.
+
+        Raises:
+            ValueError: An argument is none of those above.
         """
         nn.Module.__init__(self)  # every part that SwinTransformer.__init__ would build is built here
         dd = {'device': device, 'dtype': dtype}
@@ -166,10 +172,16 @@ class ElsaSwin(SwinTransformer):
         if len(local_stages) != num_stages:
             raise ValueError(
                 f'local_stages: got {len(local_stages)} values, must be one for each of {num_stages} stages.')
-        kernel_size = to_ntuple(num_stages)(kernel_size)
-        dilation = to_ntuple(num_stages)(dilation)
-        mlp_ratio = to_ntuple(num_stages)(mlp_ratio)
-        window_size = resolve_stage_window_sizes(window_size, num_stages)
+        kernel_size = per_stage('kernel_size', kernel_size, num_stages)
+        dilation = per_stage('dilation', dilation, num_stages)
+        mlp_ratio = per_stage('mlp_ratio', mlp_ratio, num_stages)
+        is_list = isinstance(window_size, (list, tuple))
+        if not is_list or len(window_size) == 2 and not isinstance(window_size[0], (list, tuple)):
+            window_size = (pair('window_size', window_size),) * num_stages
+        window_size = tuple([pair('window_size', w) for w in per_stage('window_size', window_size, num_stages)])
+        embed_dim = whole_number('embed_dim', embed_dim)
+        depths = tuple([whole_number('depths', d) for d in depths])
+        patch_size = pair('patch_size', patch_size)
         strict_img_size = strict_img_size and not dynamic_img_size
         self.dynamic_img_size = not strict_img_size
         self.num_classes = num_classes
@@ -236,7 +248,7 @@ class ElsaSwin(SwinTransformer):
                     for j, rate in enumerate(drop_path[i])]
             layers.append(ElsaSwinStage(downsample, blocks, resolution))
             resolution = output_resolution
-            reduction = max(to_2tuple(patch_size)) * 2 ** i
+            reduction = max(patch_size) * 2 ** i
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f'layers.{i}'))
         self.layers = nn.Sequential(*layers)
 
@@ -261,21 +273,39 @@ class ElsaSwin(SwinTransformer):
         return set()
 
 
-def _convert_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Rename and reorder the entries of the authors' ELSA-Swin, layer by layer."""
-    renames = (
-        (r'\.attn\.pre_proj\.', '.attn.qkv.'),
-        (r'\.attn\.attn\.0\.', '.attn.attn_conv.'),
-        (r'\.attn\.attn\.2\.', '.attn.attn_logits.'),
-        (r'\.attn\.post_proj\.', '.attn.proj.'),
-        (r'\.attn\.rb$', '.attn.relative_position_bias_table'),
-        (r'^head\.', 'head.fc.'),
-        (r'^layers\.(\d+)\.downsample\.', lambda m: f'layers.{int(m.group(1)) + 1}.downsample.'),
-    )
+# names of Swin's authors, who merge patches at the end of a stage and have no module around the classifier
+_SWIN_RENAMES = (
+    (r'^head\.(weight|bias)$', r'head.fc.\1'),
+    (r'^layers\.(\d+)\.downsample\.', lambda m: f'layers.{int(m.group(1)) + 1}.downsample.'),
+)
+_ELSA_RENAMES = (
+    (r'\.attn\.pre_proj\.', '.attn.qkv.'),
+    (r'\.attn\.attn\.0\.', '.attn.attn_conv.'),
+    (r'\.attn\.attn\.2\.', '.attn.attn_logits.'),
+    (r'\.attn\.post_proj\.', '.attn.proj.'),
+    (r'\.attn\.rb$', '.attn.relative_position_bias_table'),
+    *_SWIN_RENAMES,
+)
+_SAVED_BUFFERS = ('.relative_position_index', '.relative_id', '.attn_mask')  # recomputed here
+
+
+def _rename(key: str, renames: Tuple) -> str:
+    for pattern, name in renames:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def is_authors(state_dict: Dict[str, Any]) -> bool:
+    """Whether a state dict has the names of the authors' ELSA-Swin."""
+    return any(k.endswith('.attn.post_proj.weight') for k in state_dict)
+
+
+def convert_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Rename and reorder the entries of the authors' ELSA-Swin, layer by layer. Saved buffers are left out."""
     out = {}
     for key, x in state_dict.items():
-        if key.endswith(('.relative_id', '.attn_mask')):
-            continue  # saved buffers, recomputed here
+        if key.endswith(_SAVED_BUFFERS):
+            continue
         if key.endswith('.ghost_head'):  # (1, C, K, K): the summand; (2, 1, C, K, K): factor and summand
             prefix = key[:-len('ghost_head')]
             if x.dim() == 5:
@@ -290,10 +320,16 @@ def _convert_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Ten
             x = torch.cat([q, k, v])
         elif key.endswith(('.pre_proj.weight', '.attn.2.weight')):
             x = x.flatten(1)  # 1x1 convolution -> linear
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
-        out[key] = x
+        out[_rename(key, _ELSA_RENAMES)] = x
     return out
+
+
+def to_own_names(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """A state dict of a Swin or ELSA-Swin, by whomever, in timm's names and without saved buffers."""
+    if is_authors(state_dict):
+        return convert_authors(state_dict)
+    renames = _SWIN_RENAMES if 'layers.0.downsample.reduction.weight' in state_dict else ()
+    return {_rename(k, renames): x for k, x in state_dict.items() if not k.endswith(_SAVED_BUFFERS)}
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -311,23 +347,20 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         WeightsError: Entries are missing or unknown; all are listed.
     """
-    state_dict = unwrap(state_dict)
-    if any(k.endswith('.attn.post_proj.weight') for k in state_dict):
-        state_dict = _convert_authors(state_dict)
-    out = {
-        k: fit_positions(k, x, model) for k, x in state_dict.items()
-        if not k.endswith(('.relative_position_index', '.attn_mask'))}  # buffers that are not persistent
+    out = {k: fit_positions(k, x, model) for k, x in to_own_names(unwrap(state_dict)).items()}
     check_keys(out, model, optional='head.fc.')
     return out
 
 
 def _create_elsa_swin(variant: str, pretrained: bool = False, **kwargs) -> ElsaSwin:
     out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['depths']))))
+    size = variant.removeprefix('elsa_swin_')
     return build_model(
         ElsaSwin,
         variant,
         pretrained,
         filter_fn=checkpoint_filter_fn,
+        relative=f'swin_{size}_patch4_window7_224.ms_in1k' if size in _SIZES else None,
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         **kwargs,
     )

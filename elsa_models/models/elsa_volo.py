@@ -20,7 +20,6 @@ from timm.layers import (
     resample_abs_pos_embed_nhwc,
     resample_patch_embed,
     to_2tuple,
-    to_ntuple,
     trunc_normal_,
 )
 from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
@@ -29,7 +28,8 @@ from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import get_init_weights_vit
 from timm.models.volo import VOLO, ClassBlock, Downsample, PatchEmbed, Transformer, rand_bbox
 
-from ..layers import ElsaBlock
+from ..layers import ElsaBlock, check_size, pad_map
+from ..layers.arguments import check_images, pair, per_stage, whole_number
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 
 __all__ = ['ElsaVolo', 'TokenLabelOutput', 'token_label_loss']  # model_registry will add each entrypoint fn to this
@@ -40,22 +40,20 @@ _PATCH_SIZES = (4, 8, 16)  # those of VOLO's stem
 _POOLS = ('', 'avg', 'token')
 
 
-def _check_input(x: torch.Tensor, img_size: Tuple[int, int], strict: bool, min_size: int) -> None:
-    """Require images (B, C, H, W) of the model's size, or of at least min_size pixels a side if not strict."""
+def _check_token(H: int, W: int, min_size: int) -> None:
+    """Require images of at least min_size pixels a side."""
     if not torch.jit.is_scripting():
         if is_exporting() or torch.jit.is_tracing():
             return  # sizes are the graph's
-    H, W = x.shape[-2], x.shape[-1]
-    if strict and (H != img_size[0] or W != img_size[1]):
-        raise ValueError(
-            f'input: got {H} x {W} pixels, must be {img_size[0]} x {img_size[1]}. set_input_size() changes the size, '
-            f'a model created with dynamic_img_size=True takes any.')
     if H < min_size or W < min_size:
         raise ValueError(f'input: got {H} x {W} pixels, must be at least {min_size} x {min_size}, one token.')
 
 
 # leaves of symbolic traces, for their sizes are no numbers there
-torch.fx.wrap('_check_input')
+torch.fx.wrap('_check_token')
+torch.fx.wrap('check_images')
+torch.fx.wrap('check_size')
+torch.fx.wrap('pad_map')
 torch.fx.wrap('resample_abs_pos_embed_nhwc')
 
 
@@ -91,8 +89,7 @@ class PaddedConvStem(PatchEmbed):
             ValueError: patch_size is none of the three, or img_size is smaller than a token.
         """
         dd = {'device': device, 'dtype': dtype}
-        if patch_size not in _PATCH_SIZES:
-            raise ValueError(f'patch_size: got {patch_size}, must be one of {_PATCH_SIZES}.')
+        img_size, patch_size = self._check_sizes(img_size, patch_size, token_stride)
         super().__init__(
             stem_conv=True,
             stem_stride=2,
@@ -104,16 +101,14 @@ class PaddedConvStem(PatchEmbed):
         )
         self.strict_img_size = strict_img_size
         self.token_stride = token_stride
-        self._set_size(self._check_size(img_size, patch_size), patch_size)
+        self._set_size(img_size, patch_size)
 
-    def _check_size(self, img_size: _int_or_pair, patch_size: int) -> Tuple[int, int]:
-        min_size = patch_size * self.token_stride
-        size = to_2tuple(img_size)
-        if len(size) != 2 or any(not isinstance(s, int) or s < min_size for s in size):
-            raise ValueError(
-                f'img_size: got {img_size}, must be one or two whole numbers of at least {min_size} pixels, the side '
-                f'of a token: {self.token_stride} x {self.token_stride} patches of {patch_size} pixels.')
-        return tuple(size)
+    @staticmethod
+    def _check_sizes(img_size: _int_or_pair, patch_size: int, token_stride: int) -> Tuple[Tuple[int, int], int]:
+        patch_size = whole_number('patch_size', patch_size)
+        if patch_size not in _PATCH_SIZES:
+            raise ValueError(f'patch_size: got {patch_size}, must be one of {_PATCH_SIZES}.')
+        return pair('img_size', img_size, patch_size * token_stride), patch_size  # at least one token
 
     def _set_size(self, img_size: Tuple[int, int], patch_size: int) -> None:
         self.img_size = img_size
@@ -133,10 +128,11 @@ class PaddedConvStem(PatchEmbed):
         Raises:
             ValueError: A size is not as in the constructor; nothing has changed then.
         """
-        patch_size = self.patch_size if patch_size is None else patch_size
-        if patch_size not in _PATCH_SIZES:
-            raise ValueError(f'patch_size: got {patch_size}, must be one of {_PATCH_SIZES}.')
-        img_size = self._check_size(self.img_size if img_size is None else img_size, patch_size)
+        img_size, patch_size = self._check_sizes(
+            self.img_size if img_size is None else img_size,
+            self.patch_size if patch_size is None else patch_size,
+            self.token_stride,
+        )
         if patch_size != self.patch_size:
             kernel_size = to_2tuple(patch_size // 2)
             weight = self.proj.weight
@@ -148,10 +144,13 @@ class PaddedConvStem(PatchEmbed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_chans, H, W) to (B, ceil(H / patch_size), ceil(W / patch_size), embed_dim)."""
-        _check_input(x, self.img_size, self.strict_img_size, self.min_size)
+        check_images(x)
         B, C, H, W = x.shape
+        if self.strict_img_size:
+            check_size(H, W, self.img_size[0], self.img_size[1])
+        _check_token(H, W, self.min_size)
         p = self.patch_size
-        x = F.pad(x, (0, (p - W % p) % p, 0, (p - H % p) % p))
+        x = pad_map(x.permute(0, 2, 3, 1), (H + p - 1) // p * p, (W + p - 1) // p * p).permute(0, 3, 1, 2)
         if self.conv is not None:
             x = self.conv(x)
         return self.proj(x).permute(0, 2, 3, 1)
@@ -162,10 +161,9 @@ class PaddedDownsample(Downsample):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), C')."""
-        x = x.permute(0, 3, 1, 2)
-        B, C, H, W = x.shape
-        x = F.pad(x, (0, W % 2, 0, H % 2))
-        return self.proj(x).permute(0, 2, 3, 1)
+        B, H, W, C = x.shape
+        x = pad_map(x, (H + 1) // 2 * 2, (W + 1) // 2 * 2)
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class TokenLabelOutput(NamedTuple):
@@ -184,10 +182,22 @@ def _swap_box(x: torch.Tensor, box: Tuple[int, int, int, int]) -> torch.Tensor:
     return out
 
 
-def _probabilities(target: torch.Tensor, num_classes: int, dtype: torch.dtype) -> torch.Tensor:
-    if target.is_floating_point():
+def _probabilities(
+        name: str,
+        target: torch.Tensor,
+        shape: Tuple[int, ...],
+        num_classes: int,
+        dtype: torch.dtype,
+) -> torch.Tensor:
+    """Class indices of a shape, or probabilities with one more dimension, as probabilities."""
+    if target.is_floating_point() and tuple(target.shape) == (*shape, num_classes):
         return target.to(dtype)
-    return F.one_hot(target, num_classes).to(dtype)
+    is_index = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if is_index and tuple(target.shape) == shape:
+        return F.one_hot(target.long(), num_classes).to(dtype)
+    raise ValueError(
+        f'{name}: got shape {tuple(target.shape)} of {str(target.dtype)[6:]}, must be {shape} class indices of an '
+        f'integer type or {(*shape, num_classes)} probabilities of a floating one.')
 
 
 def token_label_loss(
@@ -215,14 +225,11 @@ def token_label_loss(
         The mean over the batch, a scalar.
 
     Raises:
-        ValueError: A label's shape does not fit, or there are dense labels but no aux head.
+        ValueError: A label's shape or dtype does not fit, or there are dense labels but no aux head.
     """
     logits, token_logits, _, lam = output
     B, num_classes = logits.shape
-    if tuple(target.shape) not in ((B,), (B, num_classes)):
-        raise ValueError(
-            f'target: got shape {tuple(target.shape)}, must be ({B},) class indices or ({B}, {num_classes}).')
-    target = _probabilities(target, num_classes, logits.dtype)
+    target = _probabilities('target', target, (B,), num_classes, logits.dtype)
     mixed = target if lam == 1. else lam * target + (1. - lam) * target.flip(0)
     loss = F.cross_entropy(logits, mixed, label_smoothing=label_smoothing)
     if token_logits is None:
@@ -232,11 +239,7 @@ def token_label_loss(
     _, h, w, _ = token_logits.shape
     if dense_target is None:
         dense_target = target[:, None, None].expand(B, h, w, num_classes)
-    elif tuple(dense_target.shape) not in ((B, h, w), (B, h, w, num_classes)):
-        raise ValueError(
-            f'dense_target: got shape {tuple(dense_target.shape)}, must be one label for each of the {h} x {w} tokens: '
-            f'({B}, {h}, {w}) class indices or ({B}, {h}, {w}, {num_classes}).')
-    dense_target = _probabilities(dense_target, num_classes, logits.dtype)
+    dense_target = _probabilities('dense_target', dense_target, (B, h, w), num_classes, logits.dtype)
     dense_loss = F.cross_entropy(
         token_logits.flatten(0, 2), dense_target.flatten(0, 2), label_smoothing=label_smoothing)
     return loss + dense_weight * dense_loss
@@ -356,9 +359,11 @@ class ElsaVolo(VOLO):
         if use_mix_token and global_pool != 'token':
             raise ValueError(f'use_mix_token: got True, must be False for global_pool={global_pool!r}, not \'token\'.')
         self._check_pool(global_pool)
-        kernel_size = to_ntuple(num_stages)(kernel_size)
-        dilation = to_ntuple(num_stages)(dilation)
-        mlp_ratio = to_ntuple(num_stages)(mlp_ratio)
+        kernel_size = per_stage('kernel_size', kernel_size, num_stages)
+        dilation = per_stage('dilation', dilation, num_stages)
+        mlp_ratio = per_stage('mlp_ratio', mlp_ratio, num_stages)
+        layers = tuple([whole_number('layers', n) for n in layers])
+        embed_dims = tuple([whole_number('embed_dims', dim) for dim in embed_dims])
         strict_img_size = strict_img_size and not dynamic_img_size
         self.dynamic_img_size = not strict_img_size
         self.num_classes = num_classes
@@ -417,7 +422,7 @@ class ElsaVolo(VOLO):
             self._reductions.append(2 ** sum(downsamples[:i]))
             self.feature_info.append(dict(
                 num_chs=embed_dims[i],
-                reduction=patch_size * self._reductions[i],
+                reduction=self.patch_embed.patch_size * self._reductions[i],
                 module=f'network.{len(network)}',
             ))
             network.append(nn.Sequential(*blocks))
@@ -720,8 +725,7 @@ def _create_elsa_volo(variant: str, pretrained: bool = False, **kwargs) -> ElsaV
         variant,
         pretrained,
         filter_fn=checkpoint_filter_fn,
-        no_weights='none of ELSA-VOLO were ever released. Copy what a VOLO of timm shares with it, '
-                   'elsa_models.warm_start(model, \'volo_d1_224.sail_in1k\') for D1',
+        relative=None if variant.startswith('test_') else f'{variant.removeprefix("elsa_")}.sail_in1k',
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )

@@ -1,8 +1,8 @@
 """What the training scripts need and timm does not have: recipes, jobs, data, the loop, and the run that joins them."""
+from .._files import OutputError, replace_folder
 from .classification import ClassificationJob
 from .config import BaseRecipe, ImageValues, Recipe, RecipeError, Validation, Values, add_arguments, load_recipe
 from .data import LabelledImages, create_eval_transform, create_train_transform, load_splits
-from .files import OutputError, replace_folder
 from .job import Job
 from .loading import DataError, EvalLoader, TrainLoader
 from .loop import DivergedError, Trainer

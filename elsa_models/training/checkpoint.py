@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Union
 
 import torch
 
-from .files import OutputError
+from .._files import OutputError
 
 _logger = logging.getLogger(__name__)
 
@@ -83,10 +83,17 @@ class Checkpoints:
         return torch.load(self.best, map_location='cpu', weights_only=True)
 
     def load_newest(self) -> Optional[Dict[str, Any]]:
-        """The newest checkpoint that can be read, or None where there is none."""
+        """The newest checkpoint that can be read, or None where there is none at all.
+
+        Raises:
+            OutputError: There are some, but none can be read.
+        """
         for file in self.files():
             try:
                 return torch.load(file, map_location='cpu', weights_only=True)
             except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
                 _logger.warning('%s: cannot be read (%s); going back to the one before.', file, e)
+        if self.files():
+            raise OutputError(
+                f'{self.folder}: none of its checkpoints can be read. Start afresh with resume: false (--no-resume).')
         return None

@@ -20,7 +20,9 @@ from torch.utils.data import Dataset
 
 from ..export import export_onnx
 from ..layers import ElsaAttention
+from ..models._checkpoint import read_checkpoint, unwrap
 from ..models._warm_start import warm_start
+from ..models.elsa_swin import is_authors
 from ..models.elsa_volo import ElsaVolo, token_label_loss
 from .config import ImageValues, Recipe, RecipeError
 from .data import LabelledImages, Splits, create_eval_transform, create_train_transform, load_splits
@@ -341,7 +343,7 @@ class ClassificationJob(Job):
     def finish(self, model: nn.Module, folder: Path, history: List[Dict[str, float]]) -> None:
         """Save the model, export it, draw what it has learned."""
         class_names = self.splits.class_names
-        save_model(model, folder / MODEL, class_names, self.data_config)
+        save_model(model, folder / MODEL, class_names, self.data_config, keeps_licence(self.recipe))
         _logger.info('saved the model; loaded it again, logits are equal')
         if self.recipe.onnx:
             export_onnx(model, folder / ONNX)
@@ -395,11 +397,19 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return model
 
 
+def keeps_licence(recipe: Recipe) -> bool:
+    """Whether a run starts from the weights that the model's cfg describes: its own, or the authors' file."""
+    if recipe.checkpoint is not None:
+        return is_authors(unwrap(read_checkpoint(recipe.checkpoint)))
+    return recipe.pretrained
+
+
 def save_model(
         model: nn.Module,
         folder: Union[str, Path],
         class_names: List[str],
         data_config: Dict[str, Any],
+        keep_licence: bool = False,
 ) -> None:
     """Save weights as safetensors beside timm's config.json, and see that they load to an equal model.
 
@@ -408,14 +418,18 @@ def save_model(
         folder: Folder to create.
         class_names: Name of each output.
         data_config: Preprocessing, as `timm.data.resolve_data_config` returns it.
+        keep_licence: Whether the weights come from those of the model's cfg, whose licence is theirs then.
 
     Raises:
         RuntimeError: The model that was loaded again computes other logits.
     """
+    origin = dict(tag=None, origin_url=None)  # these weights are the user's
+    if not keep_licence:
+        origin['license'] = None
     save_for_hf(
         model,
         str(folder),
-        model_config=dict(label_names=list(class_names)),
+        model_config=dict(label_names=list(class_names), pretrained_cfg=origin),
         safe_serialization=True,
         data_config=data_config,
     )

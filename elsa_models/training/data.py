@@ -11,8 +11,8 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from .._extras import require
 from .config import ImageValues, Recipe, RecipeError
-from .extras import require
 from .loading import DataError
 
 _FACTORIES = ('torch/', 'hfds/', 'hfids/', 'wds/')

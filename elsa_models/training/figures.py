@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Sequenc
 import torch
 import torch.nn as nn
 
+from .._extras import require
+from .._modes import evaluating
 from ..layers import ElsaAttention
 from .data import LabelledImages, create_eval_transform
-from .extras import require
 
 if TYPE_CHECKING:
     from .classification import Predictions
@@ -45,12 +46,10 @@ def attention_layers(model: nn.Module, image: torch.Tensor) -> List[AttentionLay
 
     modules = [(name, m) for name, m in model.named_modules() if isinstance(m, ElsaAttention)]
     handles = [m.register_forward_pre_hook(collect(name)) for name, m in modules]
-    training = model.training
     try:
-        model.eval()
-        model(image.unsqueeze(0).to(next(model.parameters()).device))
+        with evaluating(model):
+            model(image.unsqueeze(0).to(next(model.parameters()).device))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return layers

@@ -13,10 +13,10 @@ from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .._extras import require
 from .classification import color_mode, create_eval_loader, predict, resolve_images
 from .config import ImageValues, RecipeError, Validation
 from .data import LabelledImages, create_eval_transform, load_splits
-from .extras import require
 from .loading import DataError
 from .world import World, join_world
 
@@ -59,11 +59,16 @@ def load_classifier(
     for option, file in (('checkpoint', checkpoint), ('onnx', onnx)):
         if file is not None and not Path(file).is_file():
             raise RecipeError(f'{option}: got {file!r}, no such file.')
+    overlay = None
+    if checkpoint is not None:
+        overlay = dict(file=checkpoint)
+        if num_classes is not None:
+            overlay.update(num_classes=num_classes)  # those of the file, or timm leaves its classifier out
     try:
         model = timm.create_model(
             name,
             pretrained=(pretrained and onnx is None) or checkpoint is not None,
-            pretrained_cfg_overlay=dict(file=checkpoint) if checkpoint else None,
+            pretrained_cfg_overlay=overlay,
             num_classes=num_classes,
             **(model_args or {}),
         )

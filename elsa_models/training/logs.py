@@ -6,18 +6,25 @@ from typing import Any, Dict, List, Optional, Union
 
 import torch
 
-from .extras import require
-from .files import write_atomically
+from .._extras import require
+from .._files import OutputError, write_atomically
 
 
 def write_csv(history: List[Dict[str, Any]], path: Union[str, Path]) -> None:
-    """Write one row for each epoch; the columns are the keys of all rows."""
+    """Write one row for each epoch; the columns are the keys of all rows.
+
+    Raises:
+        OutputError: The file cannot be written; a former one is as it was.
+    """
     names = list(dict.fromkeys(name for row in history for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator='\n')
     writer.writeheader()
     writer.writerows({k: f'{v:.8g}' if isinstance(v, float) else v for k, v in row.items()} for row in history)
-    write_atomically(text.getvalue(), path)
+    try:
+        write_atomically(text.getvalue(), path)
+    except OSError as e:
+        raise OutputError(f'{path}: cannot be written ({e}).') from e
 
 
 class TensorBoard:

@@ -12,12 +12,12 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import dispatch_clip_grad, unwrap_model
+from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 
+from .._extras import require
 from . import sharding
 from .checkpoint import Checkpoints
 from .config import BaseRecipe, RecipeError
-from .extras import require
 from .job import Job
 from .logs import TensorBoard, write_csv
 from .world import World, mix_seed, seed_all
@@ -117,9 +117,9 @@ class Trainer:
             parameter.requires_grad_(not _is_below(name, self._frozen))
         if not any(p.requires_grad for p in model.parameters()):
             raise RecipeError(f'freeze: {", ".join(recipe.freeze)} leaves nothing to train.')
-        if recipe.ema_decay is not None:
-            task.setup_ema(decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
         self.sharded = recipe.fsdp and world.size > 1
+        if recipe.ema_decay is not None:  # weights that are spread and buffers that are not do not go in one call
+            task.setup_ema(decay=recipe.ema_decay, use_warmup=recipe.ema_warmup, foreach=not self.sharded)
         if self.sharded:
             sharding.shard(model, world)
             if recipe.ema_decay is not None:
@@ -134,6 +134,7 @@ class Trainer:
         self._inner = task.get_trainable_module()  # without DDP
         self._resting: Tuple[str, ...] = ()
         self._trains_head: Optional[bool] = None
+        self.tensorboard = TensorBoard(None)
 
     @property
     def global_step(self) -> int:
@@ -259,6 +260,8 @@ class Trainer:
         model = task.get_eval_model(ema=ema)
         if not ema and hasattr(model, 'no_sync'):  # evaluation needs no DDP
             model = model.module
+        if self.world.size > 1:  # statistics of batches: those that are saved
+            distribute_bn(model, self.world.size, reduce=False)
         with torch.no_grad(), self._autocast():
             return self.job.evaluate(model)
 
@@ -267,7 +270,7 @@ class Trainer:
 
         Raises:
             DivergedError: The loss or the weights are not finite.
-            OutputError: A checkpoint cannot be written.
+            OutputError: A checkpoint cannot be written, or none of those there are can be read.
             DataError: The data cannot be read.
         """
         self.resume()

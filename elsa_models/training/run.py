@@ -7,9 +7,9 @@ from typing import Any, Dict, List, NamedTuple, Type
 from filelock import FileLock, Timeout
 from timm.utils import random_seed
 
+from .._extras import require
+from .._files import OutputError, check_replaceable, move_into_place, write_atomically
 from .config import BaseRecipe, RecipeError, load_recipe
-from .extras import require
-from .files import OutputError, check_replaceable, move_into_place, write_atomically
 from .job import Job
 from .loop import CHECKPOINTS, LOG, TENSORBOARD, Trainer
 from .world import join_world
@@ -73,7 +73,10 @@ def run_job(recipe: BaseRecipe, kind: Type[Job]) -> Result:
             return Result(folder, [], best, job)
         for name in kind.outputs:
             _remove(working / name)
-        job.finish(trainer.best_model(), working, trainer.history)
+        try:
+            job.finish(trainer.best_model(), working, trainer.history)
+        except OSError as e:
+            raise OutputError(f'{working}: the results cannot be written ({e}). The checkpoints are there.') from e
     except BaseException:
         if lock is not None:
             _release(lock)

@@ -7,8 +7,8 @@ from typing import List, Optional, Type
 
 from timm.utils import setup_default_logging
 
+from .._files import OutputError
 from .config import BaseRecipe, RecipeError, add_arguments, load_recipe
-from .files import OutputError
 from .job import Job
 from .loading import DataError
 from .loop import DivergedError

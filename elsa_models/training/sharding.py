@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from .world import World
 
@@ -33,6 +33,8 @@ def shard(model: nn.Module, world: World) -> None:
                 if sum(p.numel() for p in block.parameters()) > 100_000:
                     fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if hasattr(model, 'forward_train'):  # token labelling does not go through forward
+        register_fsdp_forward_method(model, 'forward_train')
 
 
 def full_state(model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -52,4 +54,8 @@ def load_full_state(model: nn.Module, state: Dict[str, torch.Tensor]) -> None:
 
 def load_full_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Dict[str, Any]) -> None:
     """Give each process its part of the optimiser's state."""
-    set_optimizer_state_dict(model, optimizer, state, options=_LOAD)
+    options = StateDictOptions(full_state_dict=True, strict=False)  # what has not been trained yet has no state
+    set_optimizer_state_dict(model, optimizer, state, options=options)
+    for name, parameter in model.named_parameters():
+        if name not in state['state']:  # torch has made one, as after a step
+            optimizer.state.pop(parameter, None)

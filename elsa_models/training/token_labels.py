@@ -24,10 +24,10 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
+from .._extras import require
+from .._files import replace_folder
 from .classification import color_mode, create_eval_loader
 from .data import LabelledImages
-from .extras import require
-from .files import replace_folder
 from .loading import DataError
 from .world import World
 

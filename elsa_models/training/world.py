@@ -68,6 +68,12 @@ def join_world(device: str) -> World:
     return World(torch.device(found['device']), found['global_rank'], found['world_size'])
 
 
+def leave_world() -> None:
+    """End the connection to other processes, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def mix_seed(*numbers: int) -> int:
     """One seed of 32 bits from several whole numbers; each of them matters."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,5 +1,6 @@
 """Conversion of every kind of checkpoint, what the folder holds, and the way to a hub and back."""
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,11 +18,10 @@ from helpers import DATA, keyed_input, keyed_state_dict, max_error, to_authors
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.volo import VOLO
 
-from elsa_models.hub import WeightsError
+from elsa_models.hub import OutputError, WeightsError
 from elsa_models.hub.convert import check_folder, convert, save
 from elsa_models.hub.publish import publish
 from elsa_models.macs import count_macs
-from elsa_models.training import OutputError
 
 SCRIPTS = Path(__file__).parents[2] / 'scripts'
 ARCHITECTURE = released.NAME.partition('.')[0]
@@ -175,6 +175,35 @@ def test_relatives_become_a_warm_start(tmp_path, architecture, relative, kwargs)
     assert_right(again.model, conversion.model)
 
 
+def test_averaged_weights_of_relatives(tmp_path):
+    other = SwinTransformer(img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=2)
+    averaged = {k: x + 1 for k, x in other.state_dict().items()}
+    path = _write(tmp_path / 'x', dict(other.state_dict()), state_dict_ema=averaged)
+    assert torch.equal(convert(path, 'test_elsa_swin').model.norm.weight, averaged['norm.weight'])
+    assert torch.equal(convert(path, 'test_elsa_swin', use_ema=False).model.norm.weight, other.norm.weight)
+
+
+def test_licence_and_labels_are_those_of_the_file(tmp_path, weights):
+    model = timm.create_model(ARCHITECTURE, num_classes=2)
+    mine = tmp_path / 'mine'
+    timm.models.save_for_hf(model, mine, model_config=dict(label_names=['cat', 'dog']), safe_serialization=True)
+    path = mine / 'model.safetensors'
+    folder = save(convert(path, ARCHITECTURE), tmp_path / 'out', path)
+    config, card = json.loads((folder / 'config.json').read_text()), (folder / 'README.md').read_text()
+    assert config['label_names'] == ['cat', 'dog']
+    assert config['pretrained_cfg']['license'] == 'unknown' and not config['pretrained_cfg'].get('origin_url')
+    assert 'license: unknown' in card and 'github.com' not in card and '2112.12786' in card
+    save(convert(path, ARCHITECTURE), folder, path, license='cc-by-4.0')
+    assert 'license: cc-by-4.0' in (folder / 'README.md').read_text()
+    for text in ('{', '[]', '{"label_names": [1, 2]}', '{"label_names": ["a"]}'):
+        (mine / 'config.json').write_text(text)
+        assert convert(path, ARCHITECTURE).label_names is None
+    path = _write(tmp_path / 'authors', to_authors(weights.state_dict()))
+    folder = save(convert(path, ARCHITECTURE), tmp_path / 'theirs', path)
+    assert 'the authors\' is at https://github.com/damo-cv/ELSA' in (folder / 'README.md').read_text()
+    assert json.loads((folder / 'config.json').read_text())['pretrained_cfg']['license'] == 'mit'
+
+
 # the folder
 
 
@@ -227,8 +256,12 @@ def test_arguments_of_convert(tmp_path, argument, kwargs):
 def test_another_architecture_is_an_error(tmp_path, weights):
     path = _write(tmp_path / 'x', to_authors(weights.state_dict()))
     for architecture in ('test_elsa_swin', 'elsa_swin_tiny', 'test_elsa_volo'):
-        with pytest.raises(WeightsError, match='does not fit'):
+        with pytest.raises(WeightsError, match='does not fit') as e:
             convert(path, architecture)
+        assert len(str(e.value)) < 1200
+    few = {k: x for k, x in to_authors(weights.state_dict()).items() if not k.startswith(('layers.', 'head.'))}
+    with pytest.raises(WeightsError, match=r'has 6 of the \d+ entries, and 0 others\. Missing \(\d+\): layers\.0\.'):
+        convert(_write(tmp_path / 'y', few), ARCHITECTURE, kind='weights')
     torch.save(_detector(weights), path)
     with pytest.raises(WeightsError, match='has the entries of an ELSA-Swin'):
         convert(path, 'test_elsa_volo')
@@ -283,10 +316,17 @@ def test_publish_to_a_private_repository_and_a_branch(hub, folder, weights, monk
         load('hf-hub:me/mine@v1', cache_dir=folder.parent / 'empty')
 
 
-def test_dry_run_sends_nothing(hub, folder):
+def test_dry_run_sends_nothing_and_says_what_would_be_sent(hub, folder, monkeypatch):
     published = publish(folder, 'org/x', dry_run=True, revision='v1')
     assert not hub.requests and published.revision == 'v1'
     assert [line.split()[0] for line in published.files] == ['README.md', 'config.json', 'model.safetensors']
+    monkeypatch.setenv('HF_TOKEN', 'hf_right')
+    sent = publish(folder, 'org/x')
+    assert sent.files == published.files
+    tree = hub.repos['org/x']['commits'][sent.revision]
+    for line in sent.files:
+        name, size, digest = line.split()
+        assert (int(size), digest) == (len(tree[name]), hashlib.sha256(tree[name]).hexdigest())
 
 
 def test_publish_refuses(hub, folder, tmp_path, monkeypatch):

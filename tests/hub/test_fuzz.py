@@ -11,6 +11,7 @@ import pickle
 import random
 import struct
 import zipfile
+from collections import Counter
 
 import pytest
 import released
@@ -112,9 +113,14 @@ def originals(weights):
     return out
 
 
+_ran = Counter()  # cases, by kind and part
+
+
 def _cases(kind, part):
-    """Numbers of the cases: the first part by default, the others if slow."""
-    return range(part * CASES[kind], (part + 1) * CASES[kind])
+    """Numbers of the cases: the first part by default, the others if slow. Those that were begun are counted."""
+    for case in range(part * CASES[kind], (part + 1) * CASES[kind]):
+        _ran[kind, part] += 1
+        yield case
 
 
 PARTS = [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5))]
@@ -366,10 +372,6 @@ def test_hostile_records(world, originals, part):
     assert entry.find() == entry.folder / good.file
 
 
-def test_at_least_ten_thousand_cases():
-    assert sum(CASES.values()) >= 2000 and len(PARTS) * sum(CASES.values()) >= 10000
-
-
 def test_the_payloads_would_run(tmp_path):
     """The pickles are armed: a reader that trusts them runs them."""
     path = tmp_path / 'x.pth'
@@ -385,3 +387,12 @@ def test_conversion_of_hostile_names_stays_in_its_folder(world, weights):
     path = world.folder / 'secret' / 'model.safetensors'
     folder = save(convert(path, ARCHITECTURE), world.inbox / 'out', path, name='../../x', tag='../y')
     assert sorted(p.name for p in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+
+
+def test_every_case_was_run():
+    """Counts what the tests above have run: over 2,000 cases by default, over 10,000 with the slow ones."""
+    if {kind for kind, _ in _ran} != CASES.keys():
+        pytest.skip('not all of the tests above were run')
+    assert all(n == CASES[kind] for (kind, _), n in _ran.items())
+    parts = len({part for _, part in _ran})
+    assert sum(_ran.values()) >= 2000 * parts and len(PARTS) * 2000 >= 10000

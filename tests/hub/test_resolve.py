@@ -1,5 +1,6 @@
 """Where `pretrained=True` finds weights: the cache, a hub, Google Drive; and what it says when it does not."""
 import json
+import re
 import sys
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from conftest import assert_right, cache_files, load, point_to, run_child
 
 import elsa_models
-from elsa_models.hub import WeightsError, cache_root, cached_weights, load_weights
+from elsa_models.hub import WeightsError, cache, cache_root, cached_weights, load_weights
+from elsa_models.models._checkpoint import fit_weights
 
 SWINS = ['elsa_swin_base.damo_in1k', 'elsa_swin_small.damo_in1k', 'elsa_swin_tiny.damo_in1k']
 DRIVE_IDS = {
@@ -32,15 +34,30 @@ def test_listings_tell_the_truth():
             assert cfg.hf_hub_id is None  # they are on no hub
 
 
-@pytest.mark.parametrize('name, source', [
-    ('elsa_volo_d1_224', 'volo_d1_224.sail_in1k'), ('test_elsa_volo', 'volo_d1_224.sail_in1k'),
-    ('test_elsa_swin', 'swin_tiny_patch4_window7_224.ms_in1k')])
-def test_without_weights_the_error_says_so_and_names_the_warm_start(name, source):
-    with pytest.raises(WeightsError) as e:
+@pytest.mark.parametrize('name', timm.list_models('elsa_volo*'))
+def test_without_weights_the_error_says_so_and_names_the_warm_start(name):
+    with pytest.raises(WeightsError, match='none were ever released') as e:
         load(name)
-    assert 'were ever released' in str(e.value)
-    assert f'elsa_models.warm_start(model, \'{source}\')' in str(e.value)
-    assert callable(elsa_models.warm_start) and timm.is_model_pretrained(source)
+    source = str(e.value).partition('elsa_models.warm_start(model, \'')[2].partition('\'')[0]
+    assert timm.is_model_pretrained(source)
+    # it fits: all but the local attention is of the same name and shape
+    own, other = (timm.create_model(n, device='meta').state_dict() for n in (name, source.partition('.')[0]))
+    shared = [k for k in own if not re.match(r'network\.0\.\d+\.attn', k)]
+    assert all(k in other and own[k].shape == other[k].shape for k in shared)
+
+
+@pytest.mark.parametrize('name', ['test_elsa_swin', 'test_elsa_volo'])
+def test_where_nothing_would_fit_nothing_is_advised(name):
+    with pytest.raises(WeightsError, match='none were ever released. Use pretrained=False.$'):
+        load(name)
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
+def test_a_swin_without_weights_names_its_relative(size):
+    source = f'swin_{size}_patch4_window7_224.ms_in1k'
+    with pytest.raises(WeightsError, match=f"warm_start\\(model, '{source}'\\)"):
+        load(f'elsa_swin_{size}', pretrained_cfg_overlay=dict(url=None))
+    assert timm.is_model_pretrained(source)
 
 
 # the order
@@ -228,7 +245,7 @@ def test_the_error_says_what_was_tried_why_it_failed_and_what_helps(hub, drive_s
     assert lines[2].startswith(f'  the hub repository org/{released.NAME}: RepositoryNotFoundError: 401')
     assert lines[3] == f'  the authors\' file on Google Drive, {released.FILE_ID}: gdown is not installed'
     assert lines[4] == 'What helps:'
-    assert lines[5].startswith('  hf auth login') and lines[6] == '  pip install \'elsa_models[hub]\''
+    assert lines[5].startswith('  hf auth login') and lines[6] == '  pip install \'.[hub]\' in a clone of elsa_models'
     assert f'https://drive.google.com/file/d/{released.FILE_ID}/view' in lines[7] and 'dict(file=\'PATH\')' in lines[7]
     assert len(lines) == 8
 
@@ -316,3 +333,69 @@ def test_load_weights_into_a_model(weights, authors_file, tmp_path, image):
         load_weights(torch.nn.Linear(2, 2), path)
     with pytest.raises(FileNotFoundError):
         load_weights(model, tmp_path / 'absent')
+
+
+def test_warm_start_by_name_without_a_network(monkeypatch):
+    model = timm.create_model('test_elsa_volo')
+    before = {k: x.clone() for k, x in model.state_dict().items()}
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    for name in ('test_vit.r160_in1k', 'hf-hub:timm/test_vit.r160_in1k'):
+        with pytest.raises(WeightsError, match=f"^source: '{name}' could not be had.*unset HF_HUB_OFFLINE"):
+            elsa_models.warm_start(model, name)
+    assert all(torch.equal(x, before[k]) for k, x in model.state_dict().items())
+
+
+# guards, each by itself
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda s: s.update({'norm.bias': torch.zeros(3)}), r'norm\.bias has shape \(3,\) instead of \(64,\)'),
+    (lambda s: s.update({'norm.bias': torch.zeros(64, dtype=torch.int64)}), 'norm.bias is int64, strided, on cpu'),
+    (lambda s: s.update({'norm.bias': torch.zeros(64).to_sparse()}), 'norm.bias is float32, sparse_coo, on cpu'),
+    (lambda s: s.update({'norm.bias': torch.zeros(64, device='meta')}), 'norm.bias is float32, strided, on meta'),
+    (lambda s: s.update({'norm.other': torch.zeros(64)}), r'does not fit ElsaSwin: norm\.other is unknown'),
+    (lambda s: s.pop('norm.bias'), r'does not fit ElsaSwin: norm\.bias is missing'),
+], ids=['shape', 'dtype', 'layout', 'device', 'unknown', 'missing'])
+def test_what_does_not_fit_is_named(weights, spoil, words):
+    state = dict(weights.state_dict())
+    assert fit_weights(state, weights, None) == state
+    spoil(state)
+    with pytest.raises(WeightsError, match=words):
+        fit_weights(state, weights, None)
+
+
+def test_errors_of_filters_are_errors_about_weights(weights):
+    with pytest.raises(WeightsError, match=r'does not fit ElsaSwin \(KeyError: \'x\'\)'):
+        fit_weights({}, weights, lambda state, model: state['x'])
+
+
+@pytest.mark.parametrize('args, words', [
+    (dict(norm_layer='torch.nn.LayerNorm'), 'model_args names \'norm_layer\''),
+    (dict(strange=1), 'model_args names \'strange\''),
+    (dict(dtype='float16'), 'model_args names \'dtype\''),
+    (dict(depths=[10 ** 9]), r'has depths = '),
+    (dict(embed_dim={'a': 1}), 'has embed_dim = '),
+    (dict(depths=[1]), r'cannot be built from its config\.json and the arguments given \(ValueError: num_heads'),
+])
+def test_bad_arguments_in_a_config_json(hub_files, tmp_path, args, words):
+    for name, data in hub_files.items():
+        (tmp_path / name).write_bytes(data)
+    config = json.loads(hub_files['config.json'])
+    config['model_args'] = {**config.get('model_args', {}), **args}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=words):
+        load(f'local-dir:{tmp_path}')
+
+
+def test_the_cache_is_asked_again_under_the_lock(on_drive, weights, monkeypatch):
+    load()
+    on_drive.requests.clear()
+    find, asked = cache.CacheEntry.find, []
+
+    def not_yet(self):  # another process fills the cache between the first look and the lock
+        asked.append(self)
+        return find(self) if len(asked) > 1 else None
+
+    monkeypatch.setattr(cache.CacheEntry, 'find', not_yet)
+    assert_right(load(), weights)
+    assert not on_drive.requests and len(asked) == 2

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -296,6 +297,13 @@ def test_reset_parameters_draws_anew():
     (r'^qk_dim: got 0, must', dict(qk_dim=0)),
     (r'^lam: got 0\.5, must be a whole number', dict(lam=.5)),
     (r'^lam: got -1, must', dict(lam=-1)),
+    (r'^lam: got inf, must', dict(lam=float('inf'))),
+    (r'^lam: got nan, must', dict(lam=float('nan'))),
+    (r'^group_width: got 0, must', dict(group_width=0)),
+    (r'^kernel_size: got 5\.0, must be a whole number', dict(kernel_size=5.)),
+    (r'^kernel_size: got \(3, 5\), must be a whole number', dict(kernel_size=(3, 5))),
+    (r'^dilation: got 1\.0, must', dict(dilation=1.)),
+    (r'^value_dim: got 24\.0, must', dict(value_dim=24.)),
 ], ids=lambda x: x[1:18] if isinstance(x, str) else None)
 def test_bad_arguments_are_named(message, kwargs):
     args = dict(dim=24, num_heads=3, kernel_size=3, group_width=4)
@@ -313,8 +321,11 @@ def test_unknown_argument(layer):
 
 
 def test_wrong_input_width():
-    with pytest.raises(RuntimeError):
-        _attention()(torch.zeros(1, 3, 3, 23, dtype=torch.float64))
+    for shape in ((1, 3, 3, 23), (1, 9, 24), (3, 3, 24), (1, 1, 3, 3, 24)):
+        message = re.escape(f'x: got shape {list(shape)}, must be a map (B, H, W, 24)')
+        for layer in (_attention(), torch.jit.script(_attention())):
+            with pytest.raises(Exception, match=message):
+                layer(torch.zeros(shape, dtype=torch.float64))
 
 
 # behaviour as modules

@@ -38,9 +38,9 @@ def test_patches_that_are_no_squares():
 
 def test_strict_size():
     embed = _embed(33)
-    with pytest.raises(ValueError, match=r'^input: got height 32 and width 33, must be 33 and 33'):
+    with pytest.raises(ValueError, match=r'^input: got 32 x 33 pixels, must be 33 x 33'):
         embed(torch.zeros(1, 3, 32, 33, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r'^input: got height 33 and width 37'):
+    with pytest.raises(ValueError, match=r'^input: got 33 x 37 pixels'):
         embed(torch.zeros(1, 3, 33, 37, dtype=torch.float64))
     embed = _embed(33, strict_img_size=False)
     assert embed(torch.zeros(1, 3, 30, 37, dtype=torch.float64)).shape == (1, 8, 10, 8)

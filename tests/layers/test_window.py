@@ -60,3 +60,34 @@ def test_script(dynamic_mask):
     for height, width in ((6, 7), (3, 3), (10, 4)) if dynamic_mask else ((6, 7),):
         x = torch.randn(2, height, width, 8, dtype=torch.float64)
         assert_near(scripted(x), block(x), 1e-12)
+
+
+@pytest.mark.parametrize('shift_size', [0, 1])
+@pytest.mark.parametrize('height, width', [(6, 6), (7, 9), (3, 8), (4, 3), (3, 3), (11, 5), (1, 1), (2, 7)])
+def test_what_is_compiled_equals_what_is_run(height, width, shift_size, monkeypatch):
+    block = _random_block(shift_size=shift_size, input_resolution=(9, 9), dynamic_mask=True)
+    x = torch.randn(2, height, width, 8, dtype=torch.float64)
+    expected = block(x)
+    for name in ('window', 'patch'):
+        monkeypatch.setattr(f'elsa_models.layers.{name}.sizes_are_open', lambda: True)
+    assert_near(block(x), expected, 1e-12)
+
+
+def test_exports_to_onnx_for_any_size(tmp_path):
+    import onnxruntime
+    block = _random_block(shift_size=1, input_resolution=(9, 9), dynamic_mask=True).float()
+    sizes = {0: torch.export.Dim('batch'), 1: torch.export.Dim('height'), 2: torch.export.Dim('width')}
+    path = str(tmp_path / 'block.onnx')
+    torch.onnx.export(block, (torch.randn(2, 8, 10, 8),), path, dynamo=True, dynamic_shapes=(sizes,), verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    for shape in ((1, 9, 7, 8), (3, 12, 12, 8)):
+        x = torch.randn(shape)
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        assert_near(torch.from_numpy(found), block(x).detach(), 1e-5)
+
+
+@pytest.mark.parametrize('dynamic_mask', [False, True])
+def test_no_maps(dynamic_mask):
+    block = _random_block(shift_size=1, input_resolution=(6, 7), dynamic_mask=dynamic_mask)
+    x = torch.zeros(0, 6, 7, 8, dtype=torch.float64)
+    assert block(x).shape == torch.jit.script(block)(x).shape == x.shape

@@ -151,11 +151,37 @@ def test_dropout_rates_reach_every_block():
     ('kernel_size: got 4', dict(kernel_size=4)),
     ('lam: got 0.5', dict(lam=.5)),
     ('img_size: got ', dict(img_size=(32, 32, 32))),
+    ('img_size: got 64.0', dict(img_size=64.)),
+    ('patch_size: got 4.0', dict(patch_size=4.)),
+    ('window_size: got 0', dict(window_size=0)),
+    ('window_size: got 2.0', dict(window_size=2.)),
+    ('window_size: got 3 values', dict(window_size=(2, 2, 2))),
+    ('kernel_size: got 2 values', dict(kernel_size=(3, 5))),
+    ('dilation: got 3 values', dict(dilation=(1, 1, 1))),
+    ('mlp_ratio: got 3 values', dict(mlp_ratio=(1., 1., 1.))),
+    ('embed_dim: got 24.0', dict(embed_dim=24.)),
+    ('depths: got 0', dict(depths=(1, 0, 1, 1))),
     ('num_heads: got 5', dict(num_heads=(5, 2, 4, 8))),
 ])
 def test_bad_arguments_are_named(message, kwargs):
     with pytest.raises(ValueError, match=message):
         create_model('test_elsa_swin', device='meta', **kwargs)
+
+
+def test_sizes_of_any_integral_type():
+    i = np.int64
+    model = create_model(
+        'test_elsa_swin', img_size=i(64), patch_size=i(4), embed_dim=i(24), depths=(i(1), 1, 2, 1), window_size=i(2),
+        kernel_size=i(3), group_width=np.uint8(8))
+    assert model.patch_embed.img_size == (64, 64) and all(type(s) is int for s in model.patch_embed.img_size)
+    assert model.layers[3].blocks[0].window_size == (2, 2)
+    torch.jit.script(model)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_images_of_three_dimensions_are_refused(dynamic):
+    with pytest.raises(ValueError, match=r'^x: got shape \[3, 64, 64\], must be images'):
+        create_model('test_elsa_swin', dynamic_img_size=dynamic)(torch.zeros(3, 64, 64))
 
 
 def test_unknown_argument():
@@ -654,8 +680,9 @@ def test_checkpointing_changes_nothing():
 
 
 SIZES = [(64, 64), (96, 64), (47, 65), (33, 130), (70, 31), (128, 128)]
-# more than one window in the last stage: compilers take sizes of one for constants
+# more than one window in the last stage on both sides, on one, on none
 LARGE_SIZES = [(128, 128), (160, 128), (97, 225), (231, 130), (144, 100), (320, 192)]
+SMALL_SIZES = [(64, 64), (65, 70), (96, 80), (48, 112), (71, 83), (128, 64)]
 
 
 def test_compile_takes_all_sizes(fresh_compiler):
@@ -667,10 +694,11 @@ def test_compile_takes_all_sizes(fresh_compiler):
         return graph
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
-    for batch, (height, width) in zip((2, 4, 5, 2, 3, 6), LARGE_SIZES, strict=True):
-        x = torch.randn(batch, 3, height, width, dtype=torch.float64)
+    # a square first would make a graph for squares
+    for i, (height, width) in enumerate(LARGE_SIZES[2:] + LARGE_SIZES[:2] + SMALL_SIZES):
+        x = torch.randn((2, 4, 5, 2, 3, 6)[i % 6], 3, height, width, dtype=torch.float64)
         assert_near(compiled(x), model(x), 1e-10)
-    assert 1 <= len(graphs) <= 2  # squares, and the rest
+    assert 1 <= len(graphs) <= 2  # one window in the last stage, and several
     calls = [str(node.target) for node in graphs[0].graph.nodes if 'local_attention' in str(node.target)]
     assert len(calls) == sum(isinstance(m, elsa_models.ElsaAttention) for m in model.modules())
 
@@ -729,6 +757,18 @@ def test_export_with_dynamic_sizes():
     for batch, (height, width) in enumerate(LARGE_SIZES, start=1):
         x = torch.randn(batch, 3, height, width, dtype=torch.float64)
         assert_near(exported(x), model(x), 1e-10)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_empty_batch(dynamic):
+    model = _test_model(dynamic_img_size=dynamic, depths=(1, 1, 1, 2)).train()
+    x = torch.zeros(0, 3, 64, 64, requires_grad=True)
+    y = model(x)
+    assert y.shape == (0, 1000)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    traced = torch.fx.symbolic_trace(model.eval()) if not dynamic else torch.jit.script(model.eval())
+    assert traced(x.detach()).shape == (0, 1000)
 
 
 # life as a timm model

@@ -137,6 +137,34 @@ def test_arguments_are_passed_on(quickstart, arguments, recipe):
     assert command == ['python', str(Path('root', 'scripts', 'train.py')), *chosen, *arguments]
 
 
+@pytest.mark.parametrize('arguments, status, words', [
+    (['--help'], 0, 'one sub-folder of images for each class'),
+    (['--epochs', '3', '-h'], 0, 'python3 scripts/quickstart.py'),
+    (['--data', 'nowhere'], 1, "error: --data: got 'nowhere', must be a folder"),
+    (['--data', 'no/where'], 1, "error: --data: got 'no/where', must be a folder"),
+    (['--config', 'nowhere.yaml'], 1, "error: --config: got 'nowhere.yaml', no such file"),
+])
+def test_nothing_is_installed_for_help_or_in_vain(quickstart, tmp_path, arguments, status, words):
+    (tmp_path / 'scripts').mkdir()
+    script = tmp_path / 'scripts' / 'quickstart.py'
+    script.write_text((ROOT / 'scripts' / 'quickstart.py').read_text())
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == status and words in done.stdout + done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['scripts']
+
+
+def test_what_can_work_is_let_through(quickstart, tmp_path):
+    (tmp_path / 'mine.yaml').write_text('')
+    for arguments in ([], ['--data', 'digits'], ['--data', str(tmp_path)], ['--config', str(tmp_path / 'mine.yaml')],
+                      ['--config', str(tmp_path / 'mine.yaml'), '--data', 'torch/cifar10']):
+        quickstart.check_arguments(arguments, tmp_path / '.venv')
+
+
+def test_help_is_the_trainings_where_that_is_installed(quickstart, monkeypatch):
+    monkeypatch.setattr(quickstart, 'works', lambda python: True)
+    quickstart.check_arguments(['--help'])
+
+
 def test_needs_nothing_but_the_standard_library():
     # -I -S: no site packages, and nothing beside the script
     code = f"import runpy; runpy.run_path({str(ROOT / 'scripts' / 'quickstart.py')!r}, run_name='imported')"

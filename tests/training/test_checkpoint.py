@@ -34,6 +34,9 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, damage, caplog):
     newest.write_bytes(dict(empty=b'', cut=content[:len(content) // 2], noise=bytes(range(256)) * 20)[damage])
     assert checkpoints.load_newest()['step'] == 1
     assert 'step-0000000002.pt: cannot be read' in caplog.text
+    checkpoints.files()[1].write_bytes(b'')
+    with pytest.raises(OutputError, match='none of its checkpoints can be read'):  # and not afresh without a word
+        checkpoints.load_newest()
 
 
 def test_full_disk_leaves_the_former_checkpoints(tmp_path):

@@ -41,8 +41,10 @@ def model():
 def test_attention_of_every_layer_is_what_the_layer_computes(model):
     image = torch.randn(3, 32, 32)
     model.train()
+    model.layers[1].eval()  # frozen
     layers = figures.attention_layers(model, image)
-    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+    assert model.training and model.layers[0].blocks[0].training and not model.layers[1].blocks[0].training
+    assert not any(m._forward_pre_hooks for m in model.modules())
     assert [layer.name for layer in layers] == [
         'layers.0.blocks.0.attn', 'layers.1.blocks.0.attn', 'layers.1.blocks.1.attn', 'layers.2.blocks.0.attn']
     assert [tuple(layer.weights.shape) for layer in layers] == [

@@ -141,6 +141,16 @@ def test_stopped_at_every_step_it_goes_on_as_if_nothing_had_been(tmp_path, value
     assert _equal(trainer.checkpoints.load_best()['model'], whole.checkpoints.load_best()['model'])
 
 
+@pytest.mark.parametrize('sched', ['tanh', 'poly', 'step', 'multistep', 'wsd', 'rsqrt', 'constant', 'none'])
+def test_every_schedule_goes_on(tmp_path, sched):
+    whole = _train(tmp_path / 'whole', sched=sched, warmup_epochs=0.5)
+    recipe = _recipe(sched=sched, warmup_epochs=0.5)
+    trainer = Trainer(recipe, SmallJob(recipe), WORLD, tmp_path / 'parts')
+    trainer.epochs = 1
+    trainer.run()
+    assert _equal(_weights(_train(tmp_path / 'parts', sched=sched, warmup_epochs=0.5)), _weights(whole))
+
+
 def test_log_has_a_row_for_each_epoch(tmp_path):
     _train(tmp_path, SmallJob(None, values=[1., 3.]))
     with open(tmp_path / 'log.csv', newline='') as file:

@@ -1,4 +1,5 @@
 """Runs as processes of their own: killed and continued, and several that work together."""
+import ast
 import os
 import random
 import subprocess
@@ -100,9 +101,17 @@ def test_two_processes_follow_one(tmp_path, arguments):
             row2['val_top1'], row2['val_top5'], row2['val_images'])
 
 
-@pytest.mark.parametrize('arguments', [[], pytest.param(['--fsdp'], marks=pytest.mark.slow)])
+VOLO = ['--model', 'test_elsa_volo', '--token-labels', 'image', '--config', str(ROOT / 'configs' / 'digits_volo.yaml')]
+
+
+@pytest.mark.parametrize('arguments', [
+    [],
+    pytest.param(['--fsdp', '--head-epochs', '1', '--epochs', '2'], marks=pytest.mark.slow),
+    pytest.param([*VOLO, '--model-args', 'use_mix_token=true', '--fsdp'], marks=pytest.mark.slow),
+    pytest.param([*VOLO, '--model-args', 'use_mix_token=true', '--amp', 'bfloat16'], marks=pytest.mark.slow),
+])
 def test_two_processes_go_on(tmp_path, arguments):
-    arguments = [*arguments, '--ema-decay', '0.9', '--checkpoint-steps', '4', '--epochs', '1']
+    arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '4', '--epochs', '1', *arguments]
     _train(tmp_path / 'whole', *arguments, processes=2)
     process = _start(tmp_path / 'killed', *arguments, processes=2)
     checkpoint = tmp_path / 'killed' / 'digits-running' / 'checkpoints' / 'step-0000000004.pt'
@@ -114,3 +123,34 @@ def test_two_processes_go_on(tmp_path, arguments):
     assert not (tmp_path / 'killed' / 'digits').exists()
     _train(tmp_path / 'killed', *arguments, processes=2)
     _assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
+
+
+EVALUATE = '''
+import sys, torch, timm, elsa_models
+from elsa_models.training import ClassificationJob, Recipe
+from elsa_models.training.world import join_world
+world = join_world('cpu')
+torch.manual_seed(0)
+recipe = Recipe(limit=21, batch_size=16 * world.size, model_args=dict(img_size=32, kernel_size=3))
+job = ClassificationJob(recipe, world)
+job.model.eval()
+with torch.no_grad():
+    metrics = job.evaluate(job.model)
+if world.is_main:
+    print(metrics)
+'''
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    script = tmp_path / 'evaluate.py'
+    script.write_text(EVALUATE)
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    printed = []
+    for launcher in ([], ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']):
+        printed.append(subprocess.run(
+            [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, check=True,
+            timeout=300).stdout)
+    one, two = (ast.literal_eval(text) for text in printed)
+    assert one['images'] == 50
+    assert one.pop('loss') == pytest.approx(two.pop('loss'), rel=1e-9)  # other batches are rounded otherwise
+    assert one == two

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import to_authors
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,6 +22,7 @@ from elsa_models.training import (
     load_recipe,
     run_job,
 )
+from elsa_models.training.classification import keeps_licence, save_model
 
 SMALL = dict(
     epochs=2, limit=8, batch_size=16, hflip=0., color_jitter=0., onnx=False, figures=False,
@@ -79,12 +81,28 @@ def test_config_names_labels_and_preprocessing(full):
     assert config['pretrained_cfg']['input_size'] == [3, 32, 32] and config['pretrained_cfg']['crop_pct'] == 0.75
 
 
+def test_licence_is_that_of_the_start(full, tmp_path):
+    config = json.loads((full.folder / 'model' / 'config.json').read_text())['pretrained_cfg']
+    assert not any(config.get(k) for k in ('license', 'origin_url', 'tag'))
+    assert config['paper_ids'] == 'arXiv:2112.12786'
+    model = timm.create_model('test_elsa_swin')
+    torch.save(model.state_dict(), tmp_path / 'own.pth')
+    torch.save(to_authors(model.state_dict()), tmp_path / 'authors.pth')
+    assert keeps_licence(Recipe(pretrained=True)) and not keeps_licence(Recipe())
+    assert keeps_licence(Recipe(checkpoint=str(tmp_path / 'authors.pth')))
+    assert not keeps_licence(Recipe(checkpoint=str(tmp_path / 'own.pth'), pretrained=True))
+    data_config = timm.data.resolve_data_config(model=model)
+    save_model(model.eval(), tmp_path / 'x', ['a'] * 1000, data_config, keep_licence=True)
+    config = json.loads((tmp_path / 'x' / 'config.json').read_text())['pretrained_cfg']
+    assert config['license'] == 'mit' and not config.get('origin_url')
+
+
 def test_saved_model_loads_again_and_equals_the_export(full):
     model = timm.create_model(f'local-dir:{full.folder / "model"}', pretrained=True).eval()
     weights = load_file(full.folder / 'model' / 'model.safetensors')
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
     assert model.pretrained_cfg['label_names'] == list('0123456789')
-    onnxruntime = pytest.importorskip('onnxruntime')
+    import onnxruntime
     session = onnxruntime.InferenceSession(full.folder / 'model.onnx', providers=['CPUExecutionProvider'])
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
@@ -203,6 +221,15 @@ def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, mo
         assert _weights(second) != before['model/model.safetensors']
 
 
+def test_full_disk_at_the_end_is_a_clear_error(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match='the results cannot be written .*No space'):
+        patch.setattr(sys.modules['elsa_models.training.classification'], 'save_for_hf',
+                      lambda *args, **kwargs: (_ for _ in ()).throw(OSError('No space left on device')))
+        _run(tmp_path, epochs=1)
+    assert (tmp_path / 'output' / 'digits-running' / 'checkpoints' / 'best.pt').exists()
+    assert _run(tmp_path, epochs=1).metrics['epoch'] == 1
+
+
 def _interrupted(tmp_path, monkeypatch, **kwargs):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ClassificationJob, 'finish', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -292,7 +319,7 @@ def test_missing_package_is_named_before_training(tmp_path, monkeypatch, name, e
     monkeypatch.setitem(sys.modules, name, None)
     if name == 'sklearn':
         monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
-    with pytest.raises(ImportError, match=rf"{name}.*pip install 'elsa_models\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"{name}.*pip install '\.\[{extra}\]' in a clone"):
         _run(tmp_path, **values)
     assert not (tmp_path / 'output').exists()
 

@@ -1,6 +1,9 @@
+import subprocess
+import sys
+
 import pytest
 
-from elsa_models.training import OutputError, replace_folder
+from elsa_models._files import OutputError, replace_folder, write_atomically
 
 NAMES = ('a', 'b')
 
@@ -69,3 +72,26 @@ def test_foreign_content_is_never_replaced(tmp_path):
     (tmp_path / 'file').write_text('x')
     with pytest.raises(OutputError, match='file: is a file'), replace_folder(tmp_path / 'file', NAMES):
         pytest.fail('must not be entered')
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / 'x'
+    write_atomically('é\n', path)
+    assert path.read_bytes() == 'é\n'.encode()
+    write_atomically(b'\xff', str(path))
+
+    def failing(*args):
+        raise OSError('full')
+
+    for name in ('elsa_models._files.os.replace', 'pathlib.Path.write_bytes'):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, failing)
+            with pytest.raises(OSError, match='full'):
+                write_atomically('other', path)
+    assert path.read_bytes() == b'\xff' and [p.name for p in tmp_path.iterdir()] == ['x']
+
+
+def test_imports_point_one_way():
+    # hub and training are siblings
+    code = 'import sys, elsa_models, elsa_models.hub.publish; sys.exit("elsa_models.training" in sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -14,16 +14,23 @@ class OutputError(ValueError):
     """A result that cannot be written, or a folder that must not be replaced."""
 
 
-def write_atomically(text: str, path: Union[str, Path]) -> None:
-    """Write text to a temporary file beside `path`, which then takes its place."""
+def write_atomically(data: Union[str, bytes], path: Union[str, Path]) -> None:
+    """Write a file that appears complete or not at all, through a temporary one beside it.
+
+    Args:
+        data: Text, which is written as UTF-8, or bytes.
+        path: File to create or replace; its folder must exist.
+
+    Raises:
+        OSError: It cannot be written; a former file is as it was.
+    """
     path = Path(path)
-    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
     try:
-        temporary.write_text(text, encoding='utf-8')
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
-    except OSError as e:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OutputError(f'{path}: cannot be written ({e}).') from e
 
 
 def check_replaceable(folder: Union[str, Path], names: Collection[str]) -> None:
@@ -41,8 +48,8 @@ def check_replaceable(folder: Union[str, Path], names: Collection[str]) -> None:
         strange = sorted(p.name for p in folder.iterdir() if p.name not in names)
         if strange:
             raise OutputError(
-                f'{folder}: holds {strange[0]!r}, which is no result of training, and would be replaced as a whole.'
-                f' Choose another name for the run, or move it away.')
+                f'{folder}: holds {strange[0]!r}, which does not belong there, and would be replaced as a whole.'
+                f' Choose another folder, or move {strange[0]!r} away.')
     elif folder.exists() or folder.is_symlink():
         raise OutputError(f'{folder}: is a file, must be a folder.')
 
@@ -76,7 +83,7 @@ def replace_folder(folder: Union[str, Path], names: Collection[str], keep: str =
         check_replaceable(folder, names)
     except BaseException:
         if keep and (temporary / keep).exists():
-            _logger.warning('The run did not finish; what it had saved until then is in %s', temporary)
+            _logger.warning('%s was not finished; what had been saved until then is in %s', folder, temporary)
         else:
             shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -1,0 +1,69 @@
+"""Checks of what is given to constructors and layers: one error that names the culprit."""
+import operator
+from typing import Any, Tuple
+
+import torch
+
+
+def whole_number(name: str, value: Any, low: int = 1) -> int:
+    """A whole number of any integral type (those of NumPy too) as an int.
+
+    Raises:
+        ValueError: It is none, or is smaller than `low`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low:
+        raise ValueError(f'{name}: got {value!r}, must be a whole number of at least {low}.')
+    return number
+
+
+def pair(name: str, value: Any, low: int = 1) -> Tuple[int, int]:
+    """One whole number for both sides, or two for height and width.
+
+    Raises:
+        ValueError: It is neither, or one is smaller than `low`.
+    """
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    try:
+        if len(values) != 2:
+            raise ValueError
+        return whole_number(name, values[0], low), whole_number(name, values[1], low)
+    except ValueError:
+        raise ValueError(f'{name}: got {value!r}, must be one or two whole numbers of at least {low}.') from None
+
+
+def per_stage(name: str, value: Any, num_stages: int) -> Tuple:
+    """One value for all stages, or one for each.
+
+    Raises:
+        ValueError: There are values for another number of stages.
+    """
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * num_stages
+    if len(values) != num_stages:
+        raise ValueError(f'{name}: got {len(values)} values, must be one for each of {num_stages} stages.')
+    return values
+
+
+def check_map(x: torch.Tensor, dim: int) -> None:
+    """Require a map (B, H, W, dim).
+
+    Raises:
+        ValueError: It is of another shape.
+    """
+    if torch.jit.is_scripting() or not torch.jit.is_tracing():
+        if x.dim() != 4 or x.shape[3] != dim:
+            raise ValueError(f'x: got shape {list(x.shape)}, must be a map (B, H, W, {dim}).')
+
+
+def check_images(x: torch.Tensor) -> None:
+    """Require images (B, C, H, W).
+
+    Raises:
+        ValueError: There are more or fewer dimensions.
+    """
+    if torch.jit.is_scripting() or not torch.jit.is_tracing():
+        if x.dim() != 4:
+            raise ValueError(f'x: got shape {list(x.shape)}, must be images (B, C, H, W).')

@@ -1,0 +1,174 @@
+"""Local attention on a CPU, compiled by Numba, which is a wheel: no compiler is needed.
+
+Forward reads logits and values once and writes the output once; the softmax of a pixel stays in cache between its
+making and its use. Backward makes the softmax again, writes it for the pixels that it weighs, and runs the forward's
+loop over it for the gradient of the values: every sum has one order, whatever the number of threads.
+Half precisions pass through float32, one chunk of samples at a time.
+"""
+import importlib.util
+import os
+import threading
+from typing import Iterator, Optional, Tuple
+
+import torch
+
+from .eager import Grads
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MISSING = None if importlib.util.find_spec('numba') else 'Numba is not installed (the extra `cpu`)'
+_CHUNK_BYTES = 1 << 23  # of a chunk's attention: what caches may hold
+_SERIAL_PRODUCTS = 1 << 15  # fewer than these are done before another thread has woken
+_BLOCK_PIXELS = 64  # that sum their part of a ghost matrix's gradient in one place
+_WIDTHS = (16, 12, 8, 4, 2, 1)  # of vectors: with four pixels at a time, what registers hold
+
+_lock = threading.Lock()
+_parallel_pid: Optional[int] = None
+
+
+def refuse(value: torch.Tensor) -> Optional[str]:
+    """Why this backend does not take `value`; None where it does."""
+    if _MISSING is not None:
+        return _MISSING
+    if value.device.type != 'cpu':
+        return f'value is on {value.device}, not on a CPU'
+    if value.dtype not in _DTYPES:
+        return f'value has dtype {value.dtype}'
+    return None
+
+
+def forward(
+        value: torch.Tensor,
+        logits: torch.Tensor,
+        ghost_mul: Optional[torch.Tensor],
+        ghost_add: Optional[torch.Tensor],
+        kernel_size: int,
+        dilation: int,
+        normalize: bool,
+) -> torch.Tensor:
+    """See `local_attention_reference`, whose arguments and result these are."""
+    dtype = _compute_dtype(value)
+    mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
+    out = value.new_empty(value.shape)
+    for chunk in _chunks(logits, whole=value.dtype == dtype):
+        v, a = value[chunk].to(dtype), logits[chunk].to(dtype)
+        if out.dtype == dtype:
+            _aggregate(out[chunk], v, a, mul, add, kernel_size, dilation, normalize)
+        else:
+            y = torch.empty_like(out[chunk], dtype=dtype)
+            out[chunk] = _aggregate(y, v, a, mul, add, kernel_size, dilation, normalize)
+    return out
+
+
+def backward(
+        grad: torch.Tensor,
+        value: torch.Tensor,
+        logits: torch.Tensor,
+        ghost_mul: Optional[torch.Tensor],
+        ghost_add: Optional[torch.Tensor],
+        kernel_size: int,
+        dilation: int,
+        normalize: bool,
+) -> Grads:
+    """Gradients of value, logits, ghost_mul and ghost_add (None where that is None) for the output's `grad`."""
+    dtype, taps = _compute_dtype(value), kernel_size ** 2
+    mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
+    turned_mul, turned_add = (None if x is None else x.flip(0) for x in (mul, add))
+    grad_value, grad_logits = value.new_empty(value.shape), logits.new_empty(logits.shape)
+    grad_mul, grad_add = (None if x is None else torch.zeros_like(x) for x in (mul, add))
+    _, H, W, C = value.shape
+    for chunk in _chunks(logits):
+        g, v, a = grad[chunk].to(dtype).contiguous(), value[chunk].to(dtype), logits[chunk].to(dtype).contiguous()
+        v, stride = _with_pixel_stride(v)
+        G, rows, block = a.shape[3], a.shape[0] * H, max(1, _BLOCK_PIXELS // W)
+        tasks = -(-rows // block)
+        ga, spread = torch.empty_like(a), torch.empty_like(a)
+        sums_mul, sums_add = (None if x is None else x.new_zeros(tasks, taps, C) for x in (mul, add))
+        scratch = a.new_empty(tasks, 8 * taps)
+        _run(
+            'backward', a.numel() * C // G, *_vectors(dtype, C // G), (0, tasks), block, rows,
+            ga, spread, sums_mul, sums_add, g, v, stride, a, mul, scratch, scratch.stride(0) * scratch.element_size(),
+            H, W, C, G, kernel_size, dilation, normalize)
+        grad_logits[chunk] = ga
+        for total, sums in ((grad_mul, sums_mul), (grad_add, sums_add)):
+            if total is not None:
+                total += sums.sum(dim=0)
+        grad_value[chunk] = _aggregate(
+            torch.empty_like(g), g, spread, turned_mul, turned_add, kernel_size, dilation, normalize=False)
+    return grad_value, grad_logits, _by_channel(grad_mul, ghost_mul), _by_channel(grad_add, ghost_add)
+
+
+def _compute_dtype(value: torch.Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def _by_tap(ghost: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch.Tensor]:
+    return None if ghost is None else ghost.to(dtype).flatten(1).t().contiguous()  # K * K, C
+
+
+def _by_channel(grad: Optional[torch.Tensor], ghost: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    return None if grad is None else grad.t().contiguous().view(ghost.shape).to(ghost.dtype)
+
+
+def _chunks(logits: torch.Tensor, whole: bool = False) -> Iterator[slice]:
+    B = logits.shape[0]
+    step = max(1, B if whole else _CHUNK_BYTES * B // max(1, 4 * logits.numel()))
+    for start in range(0, B, step):
+        yield slice(start, min(start + step, B))
+
+
+def _with_pixel_stride(value: torch.Tensor) -> Tuple[torch.Tensor, int]:
+    """A map that a pixel's number and a stride address, such as a third of a projection, and the stride."""
+    _, H, W, C = value.shape
+    stride = value.stride(2)
+    if value.stride() != (H * W * stride, W * stride, stride, 1):
+        value, stride = value.contiguous(), C
+    return value, stride
+
+
+def _aggregate(
+        out: torch.Tensor,
+        value: torch.Tensor,
+        logits: torch.Tensor,
+        mul: Optional[torch.Tensor],
+        add: Optional[torch.Tensor],
+        K: int,
+        d: int,
+        normalize: bool,
+) -> torch.Tensor:
+    B, H, W, C = value.shape
+    G = logits.shape[3]
+    value, stride = _with_pixel_stride(value)
+    scratch = logits.new_empty(B * H, 4 * K * K)
+    _run(
+        'forward', logits.numel() * C // G, *_vectors(value.dtype, C // G), (0, B * H), 1, B * H,
+        out, value, stride, logits.contiguous(), mul, add, scratch, scratch.stride(0) * scratch.element_size(),
+        H, W, C, G, K, d, normalize)
+    return out
+
+
+def _vectors(dtype: torch.dtype, channels: int):
+    """The types of vector that kernels take: of channels, and of eight."""
+    from numba import types
+
+    from ._simd import Vector
+    scalar = types.float64 if dtype == torch.float64 else types.float32
+    width = next(w for w in _WIDTHS if channels % w == 0)
+    return Vector(scalar, width), Vector(scalar, 8)
+
+
+def _run(kernel: str, products: int, *args) -> None:
+    """Call a kernel with tensors as addresses, on as many threads as PyTorch has."""
+    global _parallel_pid
+    import numba
+
+    from . import _numba_kernels as kernels
+    addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    forked = _parallel_pid not in (None, os.getpid())  # the threads stayed with the parent
+    if threads == 1 or forked or products < _SERIAL_PRODUCTS:
+        getattr(kernels, kernel)(*addresses)
+        return
+    with _lock:  # Numba's simplest pool of threads serves one caller at a time
+        _parallel_pid = os.getpid()
+        numba.set_num_threads(threads)
+        getattr(kernels, f'{kernel}_parallel')(*addresses)

@@ -1,0 +1,260 @@
+"""What the Numba backend adds to the suite that every backend passes: threads, processes, memory, its own exp."""
+import concurrent.futures
+import importlib.util
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_near
+
+pytest.importorskip('numba', reason='the extra `cpu`')
+
+from elsa_models import ops  # noqa: E402
+from elsa_models.ops import eager, numba_cpu  # noqa: E402
+
+NAMES = ('output', 'value.grad', 'logits.grad', 'ghost_mul.grad', 'ghost_add.grad')
+
+
+def _draw(B=2, H=9, W=11, C=24, G=2, K=5, dtype=torch.float32, ghosts=(True, True)):
+    value, logits, grad = torch.randn(B, H, W, C), 3 * torch.randn(B, H, W, G, K * K), torch.randn(B, H, W, C)
+    mul, add = (torch.randn(C, K, K) if g else None for g in ghosts)
+    return [None if x is None else x.to(dtype) for x in (value, logits, mul, add, grad)]
+
+
+def _all(backend, tensors, K=5, d=1, normalize=True):
+    value, logits, mul, add, grad = tensors
+    return [
+        backend.forward(value, logits, mul, add, K, d, normalize),
+        *backend.backward(grad, value, logits, mul, add, K, d, normalize),
+    ]
+
+
+def _assert_right(tensors, K=5, d=1, normalize=True):
+    exact = [None if x is None else x.double() for x in tensors]
+    actual, expected = _all(numba_cpu, tensors, K, d, normalize), _all(eager, exact, K, d, normalize)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert (a is None) == (e is None), name
+        if a is not None:
+            assert_near(a.double(), e, 2e-6, name)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# widths that take each type of vector, heads wider than a vector, heads narrower than any
+@pytest.mark.parametrize('channels', [1, 2, 3, 4, 5, 8, 12, 16, 20, 32, 48])
+def test_head_widths(channels):
+    _assert_right(_draw(C=2 * channels, K=3), K=3)
+
+
+@pytest.mark.parametrize('ghosts', [(False, False), (False, True), (True, False)], ids=str)
+def test_ghosts(ghosts):
+    _assert_right(_draw(ghosts=ghosts))
+
+
+@pytest.mark.parametrize('W', range(1, 21))
+@pytest.mark.parametrize('K, d', [(5, 1), (3, 2), (3, 3)])
+def test_widths_around_the_four_pixels(W, K, d):
+    _assert_right(_draw(B=1, H=3, W=W, C=8, G=1, K=K), K, d)
+
+
+def test_the_number_of_threads_changes_nothing(threads):
+    tensors = _draw(B=3, H=16, W=16, C=64)
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        results.append(_all(numba_cpu, tensors))
+    for result in results[1:]:
+        for name, a, b in zip(NAMES, result, results[0], strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_many_threads_call_at_once(threads):
+    threads(2)
+    draws = [_draw(B=2, H=16, W=16, C=64) for _ in range(8)]
+    expected = [_all(numba_cpu, d) for d in draws]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for actual, e in zip(pool.map(lambda d: _all(numba_cpu, d), draws), expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(actual, e, strict=True))
+
+
+def test_a_forked_process(tmp_path):
+    code = '''
+        import os, torch
+        from elsa_models.ops import numba_cpu
+        torch.set_num_threads(2)
+        value, logits = torch.randn(2, 32, 32, 32), torch.randn(2, 32, 32, 1, 49)
+        call = lambda: numba_cpu.forward(value, logits, None, None, 7, 1, True)
+        expected = call()
+        assert numba_cpu._parallel_pid == os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if torch.equal(call(), expected) else 3)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert torch.equal(call(), expected)
+    '''
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True, timeout=300, cwd=root)
+
+
+def test_part_of_a_projection_is_not_copied(monkeypatch):
+    tensors = _draw(C=32)
+    wide = torch.randn(2, 9, 11, 96)
+    wide[..., 40:72] = tensors[0]
+    part = wide[..., 40:72]
+    value, stride = numba_cpu._with_pixel_stride(part)
+    assert value is part and stride == 96
+    for a, b in zip(_all(numba_cpu, [part, *tensors[1:]]), _all(numba_cpu, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('layout', ['channels_first', 'every_other_row', 'every_other_channel', 'expanded'])
+def test_other_layouts(layout):
+    value = _draw(C=24)[0]
+    x = {
+        'channels_first': lambda: value.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        'every_other_row': lambda: value.repeat_interleave(2, dim=1)[:, ::2],
+        'every_other_channel': lambda: value.repeat_interleave(2, dim=3)[..., ::2],
+        'expanded': lambda: value[:1].expand(2, -1, -1, -1),
+    }[layout]()
+    tensors = _draw(C=24)
+    _assert_right([x, *tensors[1:]])
+
+
+def test_nothing_is_read_before_it_is_written():
+    # with this setting PyTorch fills what it allocates with NaN
+    torch.use_deterministic_algorithms(True)
+    try:
+        for W in (1, 4, 11, 17):
+            _assert_right(_draw(W=W))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_nothing_is_written_beyond_the_output():
+    value, logits, mul, add, _ = _draw()
+    room = torch.full((4, *value.shape[1:]), 7.)
+    numba_cpu._aggregate(
+        room[1:3], value, logits, numba_cpu._by_tap(mul, value.dtype), numba_cpu._by_tap(add, value.dtype), 5, 1, True)
+    assert (room[0] == 7).all() and (room[3] == 7).all() and not (room[1:3] == 7).any()
+
+
+@pytest.mark.parametrize('size', [1e4, 88., float('inf')])
+def test_extreme_logits(size):
+    tensors = _draw()
+    logits = tensors[1]
+    logits[0] = torch.where(logits[0] > 0, 1., -1.) * (1e4 if size == float('inf') else size)
+    if size == float('inf'):
+        logits[1, ..., 1:] = -size  # a mask
+        logits[0, 0, 0, 0] = -size  # nothing to attend to: not a number, as in PyTorch
+    actual = _all(numba_cpu, tensors)
+    expected = _all(eager, [x.double() for x in tensors])
+    for name, a, e in zip(NAMES[:2], actual, expected, strict=False):
+        assert torch.equal(a.isnan(), e.isnan()), name
+        assert_near(a.double().nan_to_num(), e.nan_to_num(), 2e-6, name)
+
+
+def test_nan_stays_nan():
+    value, logits, mul, add, _ = _draw()
+    logits[1, 4, 5, 0, 3] = float('nan')
+    y = numba_cpu.forward(value, logits, mul, add, 5, 1, True)
+    assert y[1, 4, 5, :12].isnan().all() and y.isnan().sum() == 12
+
+
+def test_exp():
+    x = torch.linspace(-100, 0, 8001)[:8000]
+    y = _exp(x)
+    exact = x.double().exp()
+    inside = x >= -87
+    assert ((y - exact) / exact)[inside].abs().max() < 2e-7
+    assert (y[~inside] == 0).all()
+
+
+def _exp(x):
+    import numba
+    from numba import types
+
+    from elsa_models.ops import _simd
+    eight = _simd.Vector(types.float32, 8)
+
+    @numba.njit
+    def run(kind, y, x, n):
+        for k in range(0, n, 8):
+            _simd.store(y, k, _simd.exp(_simd.load(x, k, kind)))
+
+    y = torch.empty_like(x)
+    run(eight, y.data_ptr(), x.data_ptr(), x.numel())
+    return y
+
+
+def test_why_it_refuses(monkeypatch):
+    assert numba_cpu.refuse(torch.empty(1)) is None
+    assert 'meta' in numba_cpu.refuse(torch.empty(1, device='meta'))
+    assert 'dtype' in numba_cpu.refuse(torch.empty(1, dtype=torch.complex64))
+    monkeypatch.setattr(numba_cpu, '_MISSING', 'Numba is not installed')
+    assert 'not installed' in numba_cpu.refuse(torch.empty(1))
+    assert ops._select(torch.empty(1)) == 'torch'
+
+
+FAULTS = [
+    ('many = taps - 1 ', 'many = taps - 9 '),
+    ('top = maximum(load(logits, at + k, eight), top)', 'top = top'),
+    ('sums = mul(last, fill(0.125, eight))', 'sums = last'),
+    ('put(weights, start + many, largest(mul(last, scale)))', 'put(weights, start + many, largest(last))'),
+    ('store(weights, start + k, mul(load(weights, start + k, eight), scale))', 'pass'),
+    ('return fma(weight, load(ghost_mul, at, vec), load(ghost_add, at, vec))', 'return load(ghost_add, at, vec)'),
+    ('return add(weight, load(ghost_add, at, vec))', 'return weight'),
+    ('y, step = row % H, d * stride', 'y, step = row, d * stride'),
+    ('together = r * d <= x and x + 4 + r * d <= W', 'together = r * d <= x and x + 3 + r * d <= W'),
+    ('together = r * d <= x and x + 4 + r * d <= W', 'together = r <= x and x + 4 + r <= W'),
+    ('top, bottom = max(0, r - y // d)', 'top, bottom = max(0, r - y // d - 1)'),
+    ('min(K, r + (W - 1 - x) // d + 1)', 'min(K, r + (W - x) // d + 1)'),
+    ('a2 = fma(w2, load(value, at + 2 * stride, vec), a2)', 'a2 = fma(w2, load(value, at + stride, vec), a2)'),
+    ('store(out, (p + 3) * C + c, a3)', 'store(out, (p + 3) * C + c, a2)'),
+    ('_attend(eight, weights, q * taps, logits', '_attend(eight, weights, 0 * taps, logits'),
+    ('e = add(add(v0, v1), add(v2, v3))', 'e = add(add(v0, v1), v2)'),
+    ('put(dots, k, total(fill(0., eight)))', 'pass'),
+    ('seen = p + q + ((i - r) * W + j - r) * d', 'seen = p + ((i - r) * W + j - r) * d'),
+    ('put(spread, (seen * G + g) * taps + taps - 1 - k', 'put(spread, (seen * G + g) * taps + k'),
+    ('mean = total(sums) + last * get(dots, start + many, eight)', 'mean = total(sums)'),
+    ('last * (get(dots, start + many, eight) - mean)', 'last * get(dots, start + many, eight)'),
+    ('v0, v1, v2, v3 = mul(v0, factor), mul(v1, factor), mul(v2, factor), mul(v3, factor)', 'pass'),
+    ('store(grad_mul, sums + m, add(load(grad_mul, sums + m, vec), add(e, f)))', 'pass'),
+    ('sums = d * stride, task * taps * C', 'sums = d * stride, 0 * taps * C'),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', range(len(FAULTS)))
+def test_a_fault_in_a_kernel_is_caught(fault, tmp_path, monkeypatch):
+    source = Path(ops.__file__).parent / '_numba_kernels.py'
+    text = source.read_text()
+    old, new = FAULTS[fault]
+    assert old in text
+    copy = tmp_path / 'faulty.py'
+    copy.write_text(text.replace(old, new).replace('from ._simd', 'from elsa_models.ops._simd'))
+    spec = importlib.util.spec_from_file_location('faulty', copy)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, 'faulty', module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(ops, '_numba_kernels', module, raising=False)
+    monkeypatch.setitem(sys.modules, 'elsa_models.ops._numba_kernels', module)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(AssertionError):
+            for K, d in ((5, 1), (3, 2)):
+                for ghosts in ((False, True), (True, True)):
+                    tensors = _draw(B=2, H=9, W=16, K=K, ghosts=ghosts)
+                    tensors[1] *= 40
+                    _assert_right(tensors, K, d)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        shutil.rmtree(tmp_path / '__pycache__', ignore_errors=True)
