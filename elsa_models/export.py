@@ -1,28 +1,53 @@
 """Export to ONNX, checked in ONNX Runtime before the file appears."""
+import json
 import logging
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from timm.layers import to_2tuple
-from timm.models import get_model_input_config
+from timm.models import FeatureInfo, get_model_input_config
+
+from .deploy import rewrite_for_runtimes
 
 _logger = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-4  # largest difference to PyTorch, in units of the largest output
+PRECISIONS = ('float32', 'float16', 'int8')
+MIN_OPSET = 20  # Gelu
+
+_TOLERANCE = {'float32': 1e-4, 'float16': 2e-2}  # largest difference to PyTorch, in units of the largest output
+_TOLERANCE_INT8 = 0.2  # root of the mean squared difference, in units of that of the outputs
+_MAX_PROTOBUF = 2 ** 31 - 2 ** 20  # bytes; larger weights go to a file of their own
+_MAX_IMAGES = 128  # of the folder, evenly spaced
+
+
+class _Preprocessed(nn.Module):
+    """A model behind the scaling, normalisation and layout that its images need."""
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer('scale', 1 / (255 * torch.tensor(std)))
+        self.register_buffer('offset', -torch.tensor(mean) / torch.tensor(std))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Map bytes (B, H, W, in_chans) to what the model gives."""
+        return self.model((x.to(self.scale.dtype) * self.scale + self.offset).permute(0, 3, 1, 2))
 
 
 def _require_onnx():
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as e:
         raise ImportError(f"ONNX export needs the package {e.name!r}: pip install 'elsa_models[onnx]'.") from e
-    return onnxruntime
+    return onnx, onnxruntime
 
 
 def export_onnx(
@@ -30,75 +55,327 @@ def export_onnx(
         path: Union[str, Path],
         img_size: Optional[Union[int, Tuple[int, int]]] = None,
         dynamic_batch: bool = True,
+        dynamic_size: bool = False,
+        preprocess: bool = False,
+        precision: str = 'float32',
+        images: Optional[Union[str, Path]] = None,
+        label_names: Optional[Sequence[str]] = None,
+        opset: int = MIN_OPSET,
 ) -> Path:
     """Write a model to an ONNX file and see that ONNX Runtime agrees with PyTorch.
 
-    The graph maps `image` (B, in_chans, H, W), normalised as the model expects, to `logits`. The file is written
-    beside `path` and renamed only when it has passed the check, at batch 1 and 3 if the batch is dynamic.
+    The graph maps `image` to `logits`, or to `features_4`, `features_8` and so on (by their stride in pixels; by
+    their place, from 0, where strides repeat) if the model was created with `features_only=True`. It holds operators
+    of ONNX's own domain alone. The file's metadata says what the model is and how its images are prepared, and names
+    its classes. The file appears at `path` only when it has passed the check, and is never seen half-written.
 
     Args:
-        model: A classification model of float32; its train/eval mode is left as it was.
-        path: File to write; its folder must exist.
-        img_size: Height and width in pixels, those of the model if None.
+        model: A model of this package or of timm, in float32; it is left as it was.
+        path: File to write; its folder must exist. Weights of over 2 GB go to a second file, `path` + '.data'.
+        img_size: Height and width in pixels, those of the model if None. With dynamic_size, the size to trace at.
         dynamic_batch: Let the batch size vary; otherwise it is 1.
+        dynamic_size: Let height and width vary; the model must have been created with `dynamic_img_size=True`.
+        preprocess: Take bytes (B, H, W, in_chans), RGB from 0 to 255, and normalise them in the graph; otherwise
+            `image` is (B, in_chans, H, W), normalised as the model's data config says. Resizing is left to the caller.
+        precision: 'float32'; 'float16' for weights and most operators, with inputs and outputs in float32; or 'int8'
+            for the linear layers, by static quantisation, which `images` calibrate.
+        images: Folder of images, at any depth, at most 128 of which the check and the calibration use.
+        label_names: Name of each class; those of the model's pretrained_cfg, if it has any, if None.
+        opset: Version of ONNX's operators, at least 20.
 
     Returns:
         The path.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        FileNotFoundError: The folder of `path` does not exist.
-        RuntimeError: ONNX Runtime's outputs differ from PyTorch's by more than 1e-4 of their scale.
+        FileNotFoundError: The folder of `path`, or that of the images, does not exist.
+        PermissionError: The folder of `path` cannot be written to.
+        ValueError: An argument is none of those above, or does not fit the model.
+        RuntimeError: ONNX Runtime's outputs differ from PyTorch's by more than 1e-4 of their scale in float32, 2e-2
+            in float16, or, in int8, by a fifth of their root mean square.
     """
-    onnxruntime = _require_onnx()
+    onnx, _ = _require_onnx()
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f'path: got {str(path)!r}, its folder does not exist.')
-    in_chans, *size = get_model_input_config(model)['input_size']
+    config = get_model_input_config(_inner(model))
+    in_chans, *size = config['input_size']
     size = to_2tuple(img_size) if img_size is not None else tuple(size)
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(3, in_chans, *size, generator=generator)
+    data_config = resolve_model_data_config(_inner(model))
+    label_names = _check_arguments(
+        model, path, size, data_config, in_chans, dynamic_size, preprocess, precision, images, label_names, opset)
 
-    training = model.training
+    real = _load_images(images, data_config, size) if images is not None else []
+    device = next(model.parameters()).device
+    training = {m: m.training for m in model.modules()}
     model.eval()
-    handle, temporary = tempfile.mkstemp(suffix='.onnx', prefix=f'.{path.stem}-', dir=path.parent)
-    os.close(handle)
+    folder = _make_temporary(path)
     try:
-        # export specialises dimensions of size 1, so a dynamic batch is traced at 2
-        example = images[:2 if dynamic_batch else 1].to(device)
         with torch.no_grad():
-            torch.onnx.export(
-                model,
-                (example,),
-                temporary,
-                input_names=['image'],
-                output_names=['logits'],
-                dynamic_shapes=({0: torch.export.Dim('batch')},) if dynamic_batch else None,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-            _check(onnxruntime, temporary, model, [images[:1], images] if dynamic_batch else [images[:1]])
-        os.replace(temporary, path)
+            wrapped, rewritten = model, rewrite_for_runtimes(model)
+            if preprocess:
+                mean, std = data_config['mean'], data_config['std']
+                wrapped, rewritten = (_Preprocessed(m, mean, std).to(device).eval() for m in (wrapped, rewritten))
+            proto = _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size, preprocess, opset)
+            del rewritten
+            batches = _make_batches(in_chans, size, dynamic_batch, dynamic_size, real)
+            if preprocess:
+                batches = [_to_bytes(x, data_config) for x in batches]
+            if precision == 'float16':
+                proto = _to_float16(proto)
+            elif precision == 'int8':
+                calibration = [_to_bytes(x[None], data_config) if preprocess else x[None] for x in real]
+                proto = _to_int8(proto, folder, calibration)
+            _describe(onnx, proto, model, data_config, size, precision, label_names)
+            written = _save(onnx, proto, folder, path.name)
+            _check_outputs(str(folder / path.name), wrapped, batches, precision, device)
+        for file in written:  # the graph last: it names the other
+            os.replace(file, path.parent / file.name)
     finally:
-        model.train(training)
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        for module, mode in training.items():
+            module.training = mode
+        shutil.rmtree(folder, ignore_errors=True)
     _logger.info('exported %s, %.1f MB', path, path.stat().st_size / 1e6)
     return path
 
 
-def _check(onnxruntime, path: str, model: nn.Module, batches) -> None:
+def _inner(model: nn.Module) -> nn.Module:
+    # timm's feature extractors keep the model that they wrap
+    inner = getattr(model, 'model', None)
+    return inner if isinstance(inner, nn.Module) and hasattr(inner, 'pretrained_cfg') else model
+
+
+def _check_arguments(
+        model, path, size, data_config, in_chans, dynamic_size, preprocess, precision, images, label_names, opset,
+) -> Optional[List[str]]:
+    onnx, _ = _require_onnx()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'path: got {str(path)!r}, its folder does not exist.')
+    if path.is_dir():
+        raise ValueError(f'path: got {str(path)!r}, a folder; must be a file, such as {str(path / "model.onnx")!r}.')
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise ValueError("model: got parameters that are not float32, must be model.float(); see precision='float16'.")
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f'img_size: got {size}, must be one or two positive numbers of pixels.')
+    strict = _strict_size(model)
+    if dynamic_size and strict is not None:
+        raise ValueError('dynamic_size: the model takes one size; create it with dynamic_img_size=True.')
+    if strict is not None and tuple(strict) != tuple(size):
+        raise ValueError(f'img_size: got {size}, must be {tuple(strict)}: create the model with img_size={size}.')
+    if precision not in PRECISIONS:
+        raise ValueError(f'precision: got {precision!r}, must be one of {PRECISIONS}.')
+    if precision == 'int8' and images is None:
+        raise ValueError("images: got None, must be a folder of images to calibrate on for precision='int8'.")
+    if not MIN_OPSET <= opset <= onnx.defs.onnx_opset_version():
+        raise ValueError(f'opset: got {opset}, must be {MIN_OPSET} to {onnx.defs.onnx_opset_version()}.')
+    if preprocess and len(data_config['mean']) != in_chans:
+        raise ValueError(
+            f'preprocess: the model takes {in_chans} channels but its config has a mean of {len(data_config["mean"])}.')
+    if images is not None and in_chans not in (1, 3):
+        raise ValueError(f'images: the model takes {in_chans} channels, must be 1 or 3 to read image files.')
+    num_classes = getattr(_inner(model), 'num_classes', None)
+    if label_names is None:
+        label_names = getattr(_inner(model), 'pretrained_cfg', {}).get('label_names')
+        if label_names is not None and len(label_names) != num_classes:
+            label_names = None  # another classifier has been put on
+    elif len(label_names) != num_classes:
+        raise ValueError(f'label_names: got {len(label_names)} names, must be {num_classes}, one for each class.')
+    return None if label_names is None else [str(x) for x in label_names]
+
+
+def _strict_size(model: nn.Module) -> Optional[Tuple[int, int]]:
+    """The one size that a model takes, None if it takes any or does not say."""
+    embed = getattr(_inner(model), 'patch_embed', None)
+    return embed.img_size if getattr(embed, 'strict_img_size', False) else None
+
+
+def _make_temporary(path: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=f'.{path.stem}-', dir=path.parent))
+    except OSError as e:
+        raise PermissionError(f'path: got {str(path)!r}, its folder cannot be written to ({e.strerror}).') from e
+
+
+def _load_images(folder: Union[str, Path], data_config: Dict[str, Any], size: Tuple[int, int]) -> List[torch.Tensor]:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'images: got {str(folder)!r}, must be a folder of images.')
+    mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
+    try:
+        dataset = ImageDataset(str(folder), input_img_mode=mode)
+    except RuntimeError as e:
+        raise ValueError(f'images: got {str(folder)!r}, which holds no image files.') from e
+    config = {**data_config, 'input_size': (data_config['input_size'][0], *size)}
+    dataset.transform = create_transform(**config, is_training=False)
+    step = max(1, -(-len(dataset) // _MAX_IMAGES))
+    return [dataset[i][0] for i in range(0, len(dataset), step)]
+
+
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _make_batches(
+        in_chans: int,
+        size: Tuple[int, int],
+        dynamic_batch: bool,
+        dynamic_size: bool,
+        real: List[torch.Tensor],
+) -> List[torch.Tensor]:
+    """Normalised images (B, in_chans, H, W) to check an export with."""
+    sizes = [size]
+    if dynamic_size:  # rectangles, odd ones, smaller and larger
+        H, W = size
+        sizes += [(H, W + W // 2), (H - H // 4, W), (H + 1, W - 1), (H + H // 3, W - W // 5)]
+    counts = [1, 3] if dynamic_batch else [1]
+    batches = [_random(count, in_chans, *s, seed=i) for i, s in enumerate(sizes) for count in counts]
+    if real:
+        batches += [torch.stack(real[:n]) for n in sorted({1, min(4, len(real)) if dynamic_batch else 1})]
+    return batches
+
+
+def _to_bytes(images: torch.Tensor, data_config: Dict[str, Any]) -> torch.Tensor:
+    mean, std = (torch.tensor(data_config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _feature_strides(model: nn.Module) -> Optional[List[int]]:
+    """Strides in pixels of the maps that timm's `features_only=True` gives, None for other models."""
+    info = getattr(model, 'feature_info', None)
+    return info.reduction() if isinstance(info, FeatureInfo) else None
+
+
+def _output_names(model: nn.Module) -> List[str]:
+    strides = _feature_strides(model)
+    if strides is None:
+        return ['logits']
+    names = strides if len(set(strides)) == len(strides) else range(len(strides))
+    return [f'features_{x}' for x in names]
+
+
+def _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size, preprocess, opset):
+    # export specialises dimensions of size 1, so a dynamic batch is traced at 2
+    example = _random(2 if dynamic_batch else 1, in_chans, *size)
+    if preprocess:
+        example = torch.zeros(len(example), *size, in_chans, dtype=torch.uint8)
+    height = 1 if preprocess else 2
+    dynamic: Dict[int, Any] = {0: torch.export.Dim('batch')} if dynamic_batch else {}
+    if dynamic_size:
+        dynamic.update({height: torch.export.Dim.DYNAMIC, height + 1: torch.export.Dim.DYNAMIC})
+    shapes = logging.getLogger('torch.fx.experimental.symbolic_shapes')
+    level = shapes.level
+    shapes.setLevel(logging.ERROR)  # a traceback for every inequality between sizes that it cannot solve
+    try:
+        program = torch.onnx.export(
+            rewritten,
+            (example.to(device),),
+            input_names=['image'],
+            output_names=_output_names(model),
+            dynamic_shapes=(dynamic,) if dynamic else None,
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    finally:
+        shapes.setLevel(level)
+    if dynamic_size:
+        names = {height: 'height', height + 1: 'width'}
+        for dim, name in names.items():
+            program.model.graph.inputs[0].shape[dim] = name
+    return program.model_proto
+
+
+def _to_float16(proto):
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    return convert_float_to_float16(proto, keep_io_types=True)
+
+
+def _to_int8(proto, folder: Path, calibration: Iterable[torch.Tensor]):
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images = iter(calibration)
+
+        def get_next(self) -> Optional[Dict[str, Any]]:
+            x = next(self.images, None)
+            return None if x is None else {'image': x.numpy()}
+
+    files = [str(folder / f'{name}.tmp.onnx') for name in ('float', 'prepared', 'int8')]
+    onnx.save_model(proto, files[0])
+    quant_pre_process(files[0], files[1], skip_symbolic_shape=True)
+    weights = {x.name: len(x.dims) for x in onnx.load(files[1]).graph.initializer}
+    # linear layers: what multiplies attention weights is small and needs its digits
+    linears = [n.name for n in onnx.load(files[1]).graph.node
+               if n.op_type in ('MatMul', 'Gemm') and weights.get(n.input[1]) == 2]
+    quantize_static(
+        files[1],
+        files[2],
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=['MatMul', 'Gemm'],
+        nodes_to_quantize=linears,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={'WeightSymmetric': True},
+    )
+    quantised = onnx.load(files[2])
+    for file in files:
+        os.remove(file)
+    return quantised
+
+
+def _describe(onnx, proto, model, data_config, size, precision, label_names) -> None:
+    inner = _inner(model)
+    cfg = {k: v for k, v in getattr(inner, 'pretrained_cfg', {}).items() if v is not None}
+    description = dict(
+        architecture=cfg.get('architecture', type(inner).__name__),
+        precision=precision,
+        img_size=json.dumps(size),
+        data_config=json.dumps(data_config),
+        pretrained_cfg=json.dumps(cfg, default=str),
+    )
+    if label_names is not None:
+        description['label_names'] = json.dumps(label_names)
+    strides = _feature_strides(model)
+    if strides is not None:
+        description['feature_strides'] = json.dumps(strides)
+    onnx.helper.set_model_props(proto, {k: str(v) for k, v in description.items()})
+    proto.producer_name = 'elsa_models'
+
+
+def _save(onnx, proto, folder: Path, name: str) -> List[Path]:
+    """Write to a folder; the files in the order in which they may appear elsewhere."""
+    size = sum(len(x.raw_data) for x in proto.graph.initializer)
+    if size <= _MAX_PROTOBUF:
+        onnx.save_model(proto, str(folder / name))
+        return [folder / name]
+    onnx.save_model(proto, str(folder / name), save_as_external_data=True, location=f'{name}.data')
+    return [folder / f'{name}.data', folder / name]
+
+
+def _check_outputs(path: str, model: nn.Module, batches: Iterable[torch.Tensor], precision: str, device) -> None:
+    import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    device = next(model.parameters()).device
     for images in batches:
-        expected = model(images.to(device)).cpu()
-        found = torch.from_numpy(session.run(None, {'image': images.numpy()})[0])
-        error, scale = (found - expected).abs().max().item(), expected.abs().max().item()
-        if not error <= _TOLERANCE * scale:
-            raise RuntimeError(
-                f'exported graph differs from the model by {error:.2e} at outputs of up to {scale:.2e},'
-                f' batch {len(images)}; nothing was written.')
+        expected = model(images.to(device))
+        expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        found = session.run(None, {'image': images.numpy()})
+        for output, e, f in zip(session.get_outputs(), expected, found, strict=True):
+            e, f = e.detach().cpu(), torch.from_numpy(f)
+            if f.shape != e.shape:
+                raise RuntimeError(
+                    f'{output.name} of the exported graph has shape {tuple(f.shape)}, that of the model '
+                    f'{tuple(e.shape)}, images {tuple(images.shape)}; nothing was written.')
+            if precision == 'int8':
+                error, scale = (f - e).square().mean().sqrt().item(), e.square().mean().sqrt().item()
+                tolerance = _TOLERANCE_INT8
+            else:
+                error, scale = (f - e).abs().max().item(), e.abs().max().item()
+                tolerance = _TOLERANCE[precision]
+            if not error <= tolerance * scale:
+                raise RuntimeError(
+                    f'exported graph differs from the model in {output.name} by {error:.2e}, more than {tolerance:.0e} '
+                    f'of their scale, {scale:.2e}; images {tuple(images.shape)}; nothing was written.')

@@ -11,7 +11,7 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from . import eager, numba_cpu
+from . import eager, numba_cpu, triton_backend
 from .plain import local_attention_plain
 from .reference import local_attention_reference
 
@@ -23,8 +23,8 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _ENV = 'ELSA_BACKEND'
-# in order of preference; 'torch' takes everything
-_BACKENDS: Dict[str, ModuleType] = {'numba': numba_cpu, 'torch': eager}
+# in order of preference; 'torch' takes everything and comes last
+_BACKENDS: Dict[str, ModuleType] = {'triton': triton_backend, 'numba': numba_cpu, 'torch': eager}
 _REFERENCE = 'reference'  # no kernel but the formula itself; never chosen unasked
 
 

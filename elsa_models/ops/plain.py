@@ -1,23 +1,21 @@
 """Local attention from core operators alone, for graphs that leave PyTorch: ONNX, torch.export, TorchScript.
 
-Where the width is known, every row of the map is cut into tiles of `t` pixels. For one tile and one head the
-attention is a banded matrix (`t` pixels x `K * (t + K - 1)` neighbours), so that one batched matrix product aggregates
-the whole map. The band is skewed into place with pads and reshapes only. Where the width is open, and with a ghost
-factor, the taps are summed one by one.
+The map is cut into tiles. For one tile and one head the attention is a banded matrix (pixels of the tile x pixels that
+it sees), so that one batched matrix product aggregates the whole map. A product with a constant matrix of zeros and
+ones puts the weights into the band, and one gather fetches the pixels: in ONNX Runtime both are faster than pads and
+slices, which it runs on one thread.
 
 Autograd differentiates it any number of times, which makes it the path of double backward as well. Its temporaries
-(about 1.4 K values per value) are why eager mode has `eager.py`.
+(10 values per value for K = 7; with a ghost factor K * K) are why eager mode has `eager.py`.
 """
-from typing import List, Optional
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 
-TILE = 14  # divides the maps at 224 pixels; the fastest of 7, 14 and 28 on CPU
 
-
-def tile_width(width: int, tile: int = TILE) -> int:
-    """Width of the tiles that cut a row of `width` pixels with little padding."""
+def tile_width(width: int, tile: int = 14) -> int:
+    """Width of the tiles that cut a row of `width` pixels with little padding; 14 divides the maps at 224 pixels."""
     count = max(1, (width + tile // 2) // tile)
     return max(1, (width + count - 1) // count)
 
@@ -36,70 +34,62 @@ def local_attention_plain(
     if dtype == torch.float16 or dtype == torch.bfloat16:
         value, logits = value.float(), logits.float()
     weights = logits.softmax(dim=-1) if normalize else logits
-    symbolic = False  # a width that a graph leaves open cannot be cut into tiles without conditions on it
-    if not torch.jit.is_scripting():
-        symbolic = isinstance(value.shape[2], torch.SymInt) or torch.jit.is_tracing()
-    if ghost_mul is None and not symbolic:
-        y = _tiles(value, weights, kernel_size, dilation)
-    else:
-        y = _taps(value, weights, kernel_size, dilation, ghost_mul)
+    y = _aggregate(value, weights, kernel_size, dilation, ghost_mul)
     if ghost_add is not None:
         y = y + _static_term(value, ghost_add.to(value.dtype), kernel_size, dilation)
     return y.to(dtype)
 
 
-def _tiles(value: torch.Tensor, weights: torch.Tensor, K: int, d: int) -> torch.Tensor:
-    B, H, W, C = value.shape
-    G = weights.shape[3]
-    r = K // 2 * d
-    t = tile_width(W)
-    n = (W + t - 1) // t
-    P = t + 2 * r  # pixels that a tile sees in one row
-
-    # each row of taps becomes a (t, P) band: pad its rows to P + 1 and cut the run at P, so that row i starts at i
-    band = F.pad(weights, (0, 0, 0, 0, 0, n * t - W)).reshape(B, H, n, t, G, K, K).permute(0, 1, 2, 4, 5, 3, 6)
-    if d > 1:
-        band = F.pad(band.unsqueeze(-1), (0, d - 1)).flatten(-2)  # zeros between the taps
-    band = F.pad(band, (0, P + 1 - band.shape[-1])).flatten(-2)[..., :t * P]
-    band = band.reshape(B, H, n, G, K, t, P).transpose(-3, -2).reshape(B, H, n, G, t, K * P)
-
-    # the pixels that each tile sees: its own columns and the 2r to their right, then K rows
-    reach = (2 * r + t - 1) // t  # further tiles that these come from
-    blocks = F.pad(value, (0, 0, r, (n + reach) * t - W - r, r, r)).reshape(B, H + 2 * r, n + reach, t, C)
-    columns: List[torch.Tensor] = []
-    for i in range(reach + 1):
-        columns.append(blocks[:, :, i:i + n, :min(t, P - i * t)])
-    seen = torch.cat(columns, dim=3)  # B, H + 2r, n, P, C
-    rows: List[torch.Tensor] = []
-    for i in range(K):
-        rows.append(seen[:, i * d:i * d + H])
-    neighbours = torch.stack(rows, dim=3)  # B, H, n, K, P, C
-    neighbours = neighbours.reshape(B, H, n, K * P, G, C // G).transpose(3, 4)
-
-    y = band @ neighbours  # B, H, n, G, t, C / G
-    return y.transpose(3, 4).reshape(B, H, n * t, C)[:, :, :W]
-
-
-def _taps(
+def _aggregate(
         value: torch.Tensor,
         weights: torch.Tensor,
         K: int,
         d: int,
         ghost_mul: Optional[torch.Tensor],
+        tile_h: int = 2,
+        tile_w: int = 4,
 ) -> torch.Tensor:
-    # a factor per channel and tap leaves no matrix product to be had: the sum is taken tap by tap
+    # 2 x 4 is the fastest in ONNX Runtime of shapes from 1 x 7 to 7 x 7; it sees 10 pixels for each of its own at K = 7
     B, H, W, C = value.shape
     G = weights.shape[3]
+    # a factor per channel and tap leaves no matrix that channels could share: each pixel is a tile of its own
+    t_h, t_w = (tile_h, tile_w) if ghost_mul is None else (1, 1)
+    n_h, n_w = (H + t_h - 1) // t_h, (W + t_w - 1) // t_w
+    H_t, W_t = n_h * t_h, n_w * t_w
+    N, t = n_h * n_w, t_h * t_w  # tiles, pixels of a tile
+
+    # the pixels that each tile sees, by their offset from its first in the padded map
     r = K // 2 * d
-    padded = F.pad(value, (0, 0, r, r, r, r)).unflatten(3, (G, C // G))
-    y = torch.zeros_like(padded[:, :H, :W])
-    for i in range(K):
-        for j in range(K):
-            neighbour = padded[:, i * d:i * d + H, j * d:j * d + W]
-            if ghost_mul is not None:
-                neighbour = neighbour * ghost_mul[:, i, j].to(value.dtype).unflatten(0, (G, C // G))
-            y = y + weights[..., i * K + j].unsqueeze(-1) * neighbour
-    return y.flatten(3)
+    H_p, W_p = H_t + 2 * r, W_t + 2 * r
+    steps = torch.arange(max(t_h, t_w) + 2 * r, device=value.device)
+    taps = (steps[:2 * r + 1:d, None] * W_p + steps[:2 * r + 1:d]).reshape(K * K)
+    offsets = taps if t == 1 else (steps[:t_h + 2 * r, None] * W_p + steps[:t_w + 2 * r]).reshape(-1)
+    P = offsets.shape[0]
+    corners = torch.arange(n_h, device=value.device)[:, None] * (t_h * W_p)
+    corners = (corners + torch.arange(n_w, device=value.device) * t_w).reshape(N)
+    heads = torch.arange(G, device=value.device)
+    seen = (corners[:, None, None] + offsets) * G + heads[:, None]  # N, G, P
+    padded = F.pad(value, (0, 0, r, W_p - W - r, r, H_p - H - r)).reshape(B, H_p * W_p * G, C // G)
+    neighbours = padded.index_select(1, seen.reshape(N * G * P)).reshape(B, N, G, P, C // G)
+
+    if ghost_mul is not None:
+        neighbours = neighbours * ghost_mul.to(value.dtype).reshape(G, C // G, P).transpose(1, 2)
+        band = weights.reshape(B, N, G, 1, P)
+    else:
+        # the weights of a tile's pixel i, times the matrix of zeros and ones that puts each tap where it looks
+        pixels = (steps[:t_h, None] * W_p + steps[:t_w]).reshape(t)
+        place = (pixels[:, None, None] + taps[:, None]) == offsets  # t, K * K, P
+        band = F.pad(weights, (0, 0, 0, 0, 0, W_t - W, 0, H_t - H))
+        band = band.reshape(B, n_h, t_h, n_w, t_w, G * K * K).permute(2, 4, 0, 1, 3, 5).reshape(t, B * N * G, K * K)
+        band = (band @ place.to(band.dtype)).transpose(0, 1).reshape(B, N, G, t, P)
+    y = band @ neighbours  # B, N, G, t, C / G
+    y = y.reshape(B, n_h, n_w, G, t_h, t_w, C // G).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H_t, W_t, C)
+    if not torch.jit.is_scripting():
+        if isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt):
+            # a crop is a view, and export would hold on to whether it was contiguous in the example
+            rows, columns = torch.arange(H, device=y.device), torch.arange(W, device=y.device)
+            return y.index_select(1, rows).index_select(2, columns)
+    return y[:, :H, :W]
 
 
 def _static_term(value: torch.Tensor, ghost_add: torch.Tensor, K: int, d: int) -> torch.Tensor:

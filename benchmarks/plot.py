@@ -1,0 +1,147 @@
+"""Draw what has been measured: `python benchmarks/plot.py` turns benchmarks/results/*.csv into docs/img/*.png.
+
+A figure is drawn for each device that has rows for it. Of rows that measure the same, the last one counts.
+"""
+import argparse
+from pathlib import Path
+from typing import Callable, Dict, List, Sequence, Tuple
+
+import harness
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+IMAGES = Path(__file__).resolve().parent.parent / 'docs' / 'img'
+Rows = List[Dict[str, str]]
+
+
+def latest(rows: Rows) -> Rows:
+    """The last row of each measurement."""
+    keys = ('hardware', 'device', 'dtype', 'mode', 'form', 'batch', 'img_size', 'model', 'stage', 'kernel_size',
+            'ghosts', 'backend', 'baseline')
+    return list({tuple(row.get(k, '') for k in keys): row for row in rows}.values())
+
+
+def having(rows: Rows, **wanted: str) -> Rows:
+    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def groups(rows: Rows, *keys: str) -> Dict[Tuple[str, ...], Rows]:
+    found: Dict[Tuple[str, ...], Rows] = {}
+    for row in rows:
+        found.setdefault(tuple(row[k] for k in keys), []).append(row)
+    return found
+
+
+def number(rows: Sequence[Dict[str, str]], key: str) -> List[float]:
+    return [float(r[key]) for r in rows]
+
+
+def latency(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
+    """Time against timm's counterpart, with the 20th and 80th percentiles."""
+    if not models:
+        return False
+    models = sorted(models, key=lambda r: (r['model'], r['mode'], r['form'], int(r['img_size']), int(r['batch'])))
+    ratio, low, high = (number(models, k) for k in ('ratio', 'ratio_p20', 'ratio_p80'))
+    places = range(len(models))
+    axes.barh(places, ratio, xerr=[[a - b for a, b in zip(ratio, low)], [b - a for a, b in zip(ratio, high)]])
+    axes.set_yticks(places, [
+        f'{r["model"]}, {r["mode"]}, {r["form"]}, {r["dtype"]}, batch {r["batch"]}, {r["img_size"]} px'
+        for r in models])
+    axes.axvline(1., color='black', linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel('time / time of timm\'s counterpart')
+    axes.figure.set_size_inches(8, 1.2 + .3 * len(models))
+    return True
+
+
+def memory(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
+    """Peak memory of a training step against the image's size."""
+    train = having(models, mode='train', form='eager')
+    drawn = False
+    for (model, baseline, dtype, batch), rows in groups(train, 'model', 'baseline', 'dtype', 'batch').items():
+        rows = sorted(rows, key=lambda r: int(r['img_size']))
+        if len(rows) < 2:
+            continue
+        sizes, drawn = number(rows, 'img_size'), True
+        line, = axes.plot(sizes, number(rows, 'peak_mib'), marker='o', label=f'{model}, {dtype}, batch {batch}')
+        axes.plot(
+            sizes, number(rows, 'baseline_peak_mib'), marker='o', linestyle='--', color=line.get_color(),
+            label=baseline)
+    _logarithmic(axes, 'image (pixels)', 'peak memory of a training step (MiB)', drawn)
+    return drawn
+
+
+def kernel_size(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
+    """Time of the operator against the side of its kernel."""
+    drawn, lines = False, []
+    eager = [r for r in ops if r['form'] == 'eager' and r['stage'] == '0']
+    for (mode, batch, size), rows in groups(eager, 'mode', 'batch', 'img_size').items():
+        for (baseline,), pair in groups(rows, 'baseline').items():
+            pair = sorted(pair, key=lambda r: int(r['kernel_size']))
+            if len(pair) < 2 or mode != 'infer':
+                continue  # one size says nothing of growth
+            sizes, drawn = number(pair, 'kernel_size'), True
+            if (batch, size) not in lines:
+                lines.append((batch, size))
+                axes.plot(sizes, number(pair, 'ms'), marker='o', label=f'local_attention, batch {batch}, {size} px')
+            axes.plot(
+                sizes, number(pair, 'baseline_ms'), marker='.', linestyle='--',
+                label=f'{baseline}, batch {batch}, {size} px')
+    _logarithmic(axes, 'kernel size', 'forward pass (ms)', drawn)
+    return drawn
+
+
+def roofline(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
+    """Operations per second against operations per byte, under what the machine reached."""
+    if not ops:
+        return False
+    measured = {(r['ms'], r['mode'], r['form']): r for r in ops}  # one row for each baseline: draw one point
+    for (mode, form), rows in groups([*measured.values()], 'mode', 'form').items():
+        intensity = [float(r['floor_mflop']) / float(r['floor_mbytes']) for r in rows]
+        reached = [float(r['floor_mflop']) / float(r['ms']) for r in rows]
+        axes.scatter(intensity, reached, s=14, label=f'{mode}, {form}')
+    bandwidth, peak = max(number(ops, 'gbytes_per_s')), max(number(ops, 'gflops'))
+    edge = peak / bandwidth
+    axes.plot([edge / 64, edge, edge * 64], [peak / 64, peak, peak], color='black', label='copy and float32 product')
+    _logarithmic(axes, 'operations per byte', '10⁹ operations per second', True)
+    return True
+
+
+def _logarithmic(axes: plt.Axes, x: str, y: str, legend: bool) -> None:
+    axes.set(xscale='log', yscale='log', xlabel=x, ylabel=y)
+    axes.grid(which='both', alpha=.2)
+    if legend:
+        axes.legend(fontsize=7)
+
+
+FIGURES: Dict[str, Callable[[plt.Axes, Rows, Rows], bool]] = {
+    'latency': latency, 'memory': memory, 'kernel_size': kernel_size, 'roofline': roofline}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--results', type=Path, default=harness.RESULTS, help='folder of the CSVs')
+    parser.add_argument('--images', type=Path, default=IMAGES, help='folder of the figures')
+    args = parser.parse_args()
+    models, ops = (latest(harness.read(args.results / f'{name}.csv')) for name in ('models', 'ops'))
+    machines = groups([*models, *ops], 'device', 'hardware')
+    if not machines:
+        parser.error(f'--results: {args.results} holds no measurements; run benchmarks/bench.py first.')
+    args.images.mkdir(parents=True, exist_ok=True)
+    newest = {device: hardware for device, hardware in machines}  # of several machines, the one measured last
+    for device, hardware in newest.items():
+        here = [having(rows, device=device, hardware=hardware) for rows in (models, ops)]
+        for name, draw in FIGURES.items():
+            figure, axes = plt.subplots(figsize=(7, 4.5))
+            if draw(axes, *here):
+                axes.set_title(hardware, fontsize=9)
+                path = args.images / f'{name}_{device.partition(":")[0]}.png'
+                figure.savefig(path, dpi=120, bbox_inches='tight')
+                print(path)
+            plt.close(figure)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,57 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import timm
+from timm.models import save_for_hf
+
+onnx = pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+SCRIPT = Path(__file__).parents[2] / 'scripts' / 'export_onnx.py'
+
+
+@pytest.fixture(scope='module')
+def main():
+    spec = importlib.util.spec_from_file_location('export_onnx_script', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(x) for x in arguments])
+
+
+def _input(path):
+    return [d.dim_param or d.dim_value for d in onnx.load(str(path)).graph.input[0].type.tensor_type.shape.dim]
+
+
+def test_name(main, tmp_path, capsys):
+    path = tmp_path / 'model.onnx'
+    assert main('test_elsa_swin', path, '--img-size', 48, 80, '--fixed-batch', '--features-only', '--preprocess') == 0
+    assert capsys.readouterr().out.startswith(f'wrote {path}: ')
+    assert _input(path) == [1, 48, 80, 3]
+    assert [o.name for o in onnx.load(str(path)).graph.output] == [f'features_{s}' for s in (4, 8, 16, 32)]
+
+
+def test_fine_tuned_folder(main, tmp_path):
+    model = timm.create_model('test_elsa_swin', num_classes=2)
+    save_for_hf(model, str(tmp_path / 'run' / 'model'), model_config=dict(label_names=['no', 'yes']))
+    assert main(tmp_path / 'run', tmp_path / 'model.onnx') == 0
+    proto = onnx.load(str(tmp_path / 'model.onnx'))
+    assert json.loads({p.key: p.value for p in proto.metadata_props}['label_names']) == ['no', 'yes']
+    assert _input(tmp_path / 'model.onnx') == ['batch', 3, 64, 64]
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['elsa_swim', 'x.onnx'], "MODEL: got 'elsa_swim', must be a folder or a name of timm, such as elsa_"),
+    (['tests/absent', 'x.onnx'], "MODEL: got 'tests/absent', which holds no config.json"),
+    (['test_elsa_swin', 'absent/x.onnx'], "path: got 'absent/x.onnx', its folder does not exist"),
+    (['test_elsa_swin', 'x.onnx', '--opset', '12'], 'opset: got 12, must be 20 to'),
+    (['test_elsa_swin', 'x.onnx', '--precision', 'int8'], 'images: got None'),
+])
+def test_errors_are_one_line(main, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(*arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith(f'error: {message}')
+    assert list(tmp_path.iterdir()) == []
