@@ -1,4 +1,5 @@
 """Detectors of torchvision on any backbone of `DenseBackbone`: Mask R-CNN, Cascade Mask R-CNN, RetinaNet."""
+import inspect
 from collections import OrderedDict
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -16,6 +17,10 @@ from .cascade import CascadeRoIHeads
 from .features import DenseBackbone
 
 DETECTORS = ('mask_rcnn', 'cascade_mask_rcnn', 'retinanet')
+_GIVEN = {  # arguments of torchvision's classes that follow from others
+    'self', 'kwargs', 'backbone', 'num_classes', 'min_size', 'max_size', 'image_mean', 'image_std', 'anchor_generator',
+    'rpn_anchor_generator', 'head', 'rpn_head', 'box_roi_pool', 'box_head', 'box_predictor', 'mask_roi_pool',
+    'mask_head', 'mask_predictor', 'proposal_matcher'}
 _IOUS, _BOX_WEIGHTS = (0.5, 0.6, 0.7), ((10., 10., 5., 5.), (20., 20., 10., 10.), (30., 30., 15., 15.))  # of a cascade
 
 
@@ -109,27 +114,29 @@ def create_detector(
         raise ValueError(f'num_classes: got {num_classes}, must be at least 1.')
     if len(anchor_sizes) != 5:
         raise ValueError(f'anchor_sizes: got {len(anchor_sizes)} values, must be one for each of 5 maps.')
+    kind = RetinaNet if detector == 'retinanet' else MaskRCNN
+    known = inspect.signature(kind.__init__).parameters.keys() - _GIVEN
+    for key in detector_args or {}:  # torchvision takes any, and drops those that it does not know
+        if key not in known:
+            raise ValueError(f'detector_args: got {key!r}, must be one of {", ".join(sorted(known))}.')
     args = dict(
         min_size=min_size, max_size=max_size, image_mean=mean, image_std=std, _skip_resize=True,
         **(detector_args or {}))
     outputs = num_classes + 1
     ratios = ((0.5, 1., 2.),) * 5
-    try:
-        if detector == 'retinanet':
-            scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
-            return ElsaRetinaNet(
-                FpnBackbone(backbone, fpn_channels, first=1), outputs,
-                anchor_generator=AnchorGenerator(scales, ratios), **args)
-        model = ElsaMaskRCNN(
-            FpnBackbone(backbone, fpn_channels),
-            rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in anchor_sizes), ratios),
-            box_head=TwoMLPHead(fpn_channels * 49, head_channels),
-            box_predictor=FastRCNNPredictor(head_channels, outputs),
-            mask_head=MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1),
-            mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, outputs),
+    if detector == 'retinanet':
+        scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
+        return ElsaRetinaNet(
+            FpnBackbone(backbone, fpn_channels, first=1), outputs, anchor_generator=AnchorGenerator(scales, ratios),
             **args)
-    except TypeError as e:
-        raise ValueError(f'detector_args: {detector_args} is not possible. {e}') from e
+    model = ElsaMaskRCNN(
+        FpnBackbone(backbone, fpn_channels),
+        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in anchor_sizes), ratios),
+        box_head=TwoMLPHead(fpn_channels * 49, head_channels),
+        box_predictor=FastRCNNPredictor(head_channels, outputs),
+        mask_head=MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, outputs),
+        **args)
     if detector == 'cascade_mask_rcnn':
         model.roi_heads = _cascade(model.roi_heads, fpn_channels, head_channels, outputs)
     return model

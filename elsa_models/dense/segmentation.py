@@ -1,4 +1,5 @@
 """Semantic segmentation: any decoder of segmentation_models_pytorch on any backbone of `DenseBackbone`."""
+import inspect
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import segmentation_models_pytorch as smp
@@ -12,6 +13,7 @@ from .draw import IGNORE
 from .features import DenseBackbone
 
 _STRIDE = 32
+_GIVEN = {'self', 'kwargs', 'encoder_name', 'encoder_weights', 'in_channels', 'classes'}  # not to be given again
 
 
 class PyramidEncoder(nn.Module):
@@ -101,6 +103,11 @@ class Segmenter(nn.Module):
             raise ValueError(f'decoder: {decoder!r} with decoder_args {decoder_args or {}} is not possible. {e}') from e
         finally:
             del encoders[name]
+        # the library hands what it does not know to the encoder, and drops it there
+        known = inspect.signature(type(self.net).__init__).parameters.keys() - _GIVEN
+        for key in decoder_args or {}:
+            if key not in known:
+                raise ValueError(f'decoder_args: got {key!r}, must be one of {", ".join(sorted(known))}.')
         if hasattr(self.net.decoder, 'feature_norms') and isinstance(backbone.norm0, nn.LayerNorm):
             norms = self.net.decoder.feature_norms
             self.net.decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in norms)

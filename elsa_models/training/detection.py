@@ -428,14 +428,18 @@ class DetectionJob(Job):
         save_model(model, folder / MODEL, self.config)
         rows = []
         for i in range(min(8, len(self.val_images))):
-            found = self.val_images.read(i)
+            try:
+                found = self.val_images.read(i)
+            except (OSError, DataError):
+                continue
             truth = dict(
                 boxes=torch.from_numpy(found.boxes), labels=torch.from_numpy(found.labels),
                 masks=torch.from_numpy(found.masks)[:, None])
             predicted = detect(model, found.image)
             rows.append([found.image, draw_objects(found.image, truth, self.class_names),
                          draw_objects(found.image, predicted, self.class_names)])
-        contact_sheet(rows).save(folder / PREDICTIONS)
+        if rows:
+            contact_sheet(rows).save(folder / PREDICTIONS)
 
 
 @torch.no_grad()

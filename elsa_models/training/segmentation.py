@@ -317,8 +317,12 @@ class SegmentationJob(Job):
         rows = []
         with torch.no_grad():
             for i in range(min(8, len(self.splits.val))):
-                image, labels = self.splits.val.read(i)
+                try:
+                    image, labels = self.splits.val.read(i)
+                except (OSError, DataError):
+                    continue
                 x = v2.functional.pil_to_tensor(image).to(self.world.device)
                 predicted = predict_labels(model, x, self.config).cpu().numpy()
                 rows.append([image, overlay(image, labels), overlay(image, predicted)])
-        contact_sheet(rows).save(folder / PREDICTIONS)
+        if rows:
+            contact_sheet(rows).save(folder / PREDICTIONS)

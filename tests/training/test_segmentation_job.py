@@ -128,7 +128,7 @@ def test_transforms_move_labels_with_the_image():
         none.append((moved == 255).float().mean().item())
         valid = moved != 255
         agree = ((image[0].float() / 60).round() == moved)[valid].float().mean()
-        assert agree > .93 and (image[:, ~valid] == 0).all()
+        assert agree > .85 and (image[:, ~valid] == 0).all()
     assert 0. < np.mean(none) < .8
 
 
