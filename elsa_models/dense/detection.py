@@ -116,6 +116,8 @@ def create_detector(
         raise ValueError(f'anchor_sizes: got {len(anchor_sizes)} values, must be one for each of 5 maps.')
     kind = RetinaNet if detector == 'retinanet' else MaskRCNN
     known = inspect.signature(kind.__init__).parameters.keys() - _GIVEN
+    if detector == 'cascade_mask_rcnn':  # each head has its own
+        known = known - {'box_fg_iou_thresh', 'box_bg_iou_thresh', 'bbox_reg_weights'}
     for key in detector_args or {}:  # torchvision takes any, and drops those that it does not know
         if key not in known:
             raise ValueError(f'detector_args: got {key!r}, must be one of {", ".join(sorted(known))}.')

@@ -167,7 +167,8 @@ def test_bad_targets_are_named(change, message):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(detector='yolo'), "detector: got 'yolo'"),
     (dict(anchor_sizes=(8, 16)), 'anchor_sizes: got 2'),
-    (dict(detector_args=dict(no_such=1)), 'detector_args'),
+    (dict(detector_args=dict(no_such=1)), "detector_args: got 'no_such'"),
+    (dict(detector='cascade_mask_rcnn', detector_args=dict(box_fg_iou_thresh=.5)), 'detector_args: got'),
 ])
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):

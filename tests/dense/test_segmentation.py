@@ -40,8 +40,10 @@ def test_any_size(name, size):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(decoder='no_such'), 'decoder: '), (dict(decoder_args=dict(no_such=1)), "decoder_args: got 'no_such'"),
-    (dict(decoder_args=dict(classes=3)), "with decoder_args {'classes': 3}"), (dict(num_classes=1), 'num_classes: got 1'),
+    (dict(decoder='no_such'), 'decoder: '),
+    (dict(decoder_args=dict(no_such=1)), "decoder_args: got 'no_such'"),
+    (dict(decoder_args=dict(classes=3)), "with decoder_args {'classes': 3}"),
+    (dict(num_classes=1), 'num_classes: got 1'),
     (dict(decoder_args=dict(encoder_depth=4)), 'encoder_depth'),
 ])
 def test_bad_arguments_are_named(kwargs, message):
