@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from ..models._checkpoint import WeightsError, read_checkpoint, unwrap
-from ..models.elsa_swin import _convert_authors
+from ..models.elsa_swin import convert_authors
 from .detection import ElsaMaskRCNN
 from .features import DenseBackbone
 
@@ -153,7 +153,7 @@ def _convert_backbone(
     # whether rows are reordered hangs on the table beside them
     table = key.rpartition('.pre_proj.')[0] + '.rb'
     company = {table: entries[table]} if '.pre_proj.' in key and table in entries else {}
-    out = _convert_authors({key: x, **company})
-    for k in _convert_authors(company):
+    out = convert_authors({key: x, **company})
+    for k in convert_authors(company):
         out.pop(k, None)
     return {f'{place}body.{re.sub(r"^layers[.]", "layers_", k)}': v for k, v in out.items()}

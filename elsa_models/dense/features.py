@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..layers.patch import sizes_are_open
 from ..models._warm_start import warm_start as start_from_relative
 from ..models.elsa_swin import ElsaSwin
 from ..models.elsa_volo import ElsaVolo
@@ -39,7 +40,12 @@ class VoloPyramid(nn.Module):
             height: Height of the image in pixels.
             width: Width of the image in pixels.
         """
-        finest = self.up(fine)[:, :, :(height + 3) // 4, :(width + 3) // 4]
+        finest, height, width = self.up(fine), (height + 3) // 4, (width + 3) // 4
+        if sizes_are_open():  # a crop is a view, and a graph would hold for those sizes only that need one
+            rows, columns = torch.arange(height, device=fine.device), torch.arange(width, device=fine.device)
+            finest = finest.index_select(2, rows).index_select(3, columns)
+        else:
+            finest = finest[:, :, :height, :width]
         return [finest, fine, coarse, F.max_pool2d(coarse, 2, ceil_mode=True)]
 
 

@@ -99,7 +99,7 @@ def test_a_cascade_of_one_head_scores_as_that_head():
     images = [torch.rand(3, 48, 60)]
     stage = model.roi_heads.stages[0]
     with torch.no_grad():
-        model.roi_heads = CascadeRoIHeads([stage], [1.])
+        model.roi_heads = CascadeRoIHeads([stage], [1.]).eval()
         found, = model(images)
         model.roi_heads = stage  # torchvision's own
         expected, = model(images)
