@@ -34,7 +34,21 @@ class WindowBlock(SwinTransformerBlock):
 
     timm keeps the shift of the size that it was built for: at 224 pixels the last stage of Swin is one window, so
     its blocks would not shift on larger maps either. The mask comes from comparisons alone, which export takes.
+
+    Maps that windows do not divide are shifted and then padded, as timm does. With `pad_before_shift` they are padded
+    and then shifted, as the detection code of Swin's and ELSA's authors does: the padding lies elsewhere, so pixels
+    meet in other windows, and the mask, which is made for the padded map, is exact.
     """
+
+    def __init__(self, *args, pad_before_shift: bool = False, **kwargs) -> None:
+        """
+        Args:
+            *args: Of timm's block.
+            pad_before_shift: Pad first, then shift.
+            **kwargs: Of timm's block.
+        """
+        super().__init__(*args, **kwargs)
+        self.pad_before_shift = pad_before_shift
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, dim) to (B, H, W, dim)."""
@@ -47,6 +61,7 @@ class WindowBlock(SwinTransformerBlock):
         x = _without_empty(x)
         window_h, window_w = self.window_size
         padded_h, padded_w = (H + window_h - 1) // window_h * window_h, (W + window_w - 1) // window_w * window_w
+        period_h, period_w = (padded_h, padded_w) if self.pad_before_shift else (H, W)  # of the cyclic shift
         shift_h, shift_w = self.shift_size
         shifted = shift_h > 0 or shift_w > 0
         mask: Optional[torch.Tensor] = None
@@ -59,10 +74,12 @@ class WindowBlock(SwinTransformerBlock):
         if not torch.jit.is_scripting():
             if self.dynamic_mask and sizes_are_open():
                 x = pad_map(x, padded_h, padded_w)
-                windows = self._gather_windows(x, H, W, shift_h, shift_w)
+                windows = self._gather_windows(x, period_h, period_w, shift_h, shift_w)
                 windows = self.attn(windows, mask=mask)
-                return self._gather_map(windows, B, H, W, shift_h, shift_w)
+                return self._gather_map(windows, B, H, W, period_h, period_w, shift_h, shift_w)
 
+        if self.pad_before_shift:
+            x = pad_map(x, padded_h, padded_w)
         if shifted:
             x = torch.roll(x, shifts=(-shift_h, -shift_w), dims=(1, 2))
         x = pad_map(x, padded_h, padded_w)
@@ -70,29 +87,42 @@ class WindowBlock(SwinTransformerBlock):
         windows = self.attn(windows, mask=mask)
         windows = windows.view(-1, window_h, window_w, C)
         x = window_reverse(windows, self.window_size, padded_h, padded_w)
-        x = x[:, :H, :W, :].contiguous()
+        x = x[:, :period_h, :period_w, :].contiguous()
         if shifted:
             x = torch.roll(x, shifts=(shift_h, shift_w), dims=(1, 2))
+        if self.pad_before_shift:
+            x = x[:, :H, :W, :].contiguous()
         return _first(x, B)
 
     # Where sizes are open, views and crops would compile anew for maps of one row or column of windows, and for those
     # that need no padding. Gathering serves all. Remainders by a size do not export to ONNX.
 
     def _gather_windows(self, x: torch.Tensor, H: int, W: int, shift_h: int, shift_w: int) -> torch.Tensor:
-        """Shift padded maps (B, H', W', C), of which (H, W) is no padding, and cut them into (windows, area, C)."""
+        """Shift the first (H, W) pixels of padded maps (B, H', W', C) and cut these into (windows, area, C)."""
         rows, columns = self._pixels_by_window(x.shape[1], x.shape[2], x.device)
         rows = torch.where(rows < H, _wrapped(rows + shift_h, H), rows)
         columns = torch.where(columns < W, _wrapped(columns + shift_w, W), columns)
         x = x.flatten(1, 2).index_select(1, rows * x.shape[2] + columns)
         return x.view(-1, self.window_area, x.shape[2])
 
-    def _gather_map(self, windows: torch.Tensor, B: int, H: int, W: int, shift_h: int, shift_w: int) -> torch.Tensor:
-        """The inverse of `_gather_windows`, without padding: (B, H, W, C)."""
+    def _gather_map(
+            self,
+            windows: torch.Tensor,
+            B: int,
+            H: int,
+            W: int,
+            period_h: int,
+            period_w: int,
+            shift_h: int,
+            shift_w: int,
+    ) -> torch.Tensor:
+        """The inverse of `_gather_windows`, without padding: (B, H, W, C); the shift wraps at the periods."""
         window_h, window_w = self.window_size
         pixels = torch.arange(H * W, device=windows.device)
         rows = pixels // W
         columns = pixels - rows * W
-        rows, columns = _wrapped(rows + (H - shift_h), H), _wrapped(columns + (W - shift_w), W)
+        rows = _wrapped(rows + (period_h - shift_h), period_h)
+        columns = _wrapped(columns + (period_w - shift_w), period_w)
         window = rows // window_h * ((W + window_w - 1) // window_w) + columns // window_w
         place = window * self.window_area + rows % window_h * window_w + columns % window_w
         C = windows.shape[2]

@@ -112,6 +112,7 @@ class ElsaSwin(SwinTransformer):
             qk_scale: float = 1.,
             window_size: Union[_int_or_pair, Sequence[_int_or_pair]] = 7,
             always_partition: bool = False,
+            pad_before_shift: bool = False,
             strict_img_size: bool = True,
             dynamic_img_size: bool = False,
             mlp_ratio: Union[float, Tuple[float, ...]] = 4.,
@@ -144,6 +145,9 @@ class ElsaSwin(SwinTransformer):
             qk_scale: Factor of the Hadamard product.
             window_size: Window size, an int or (h, w) for all stages or one per stage.
             always_partition: Cut into windows and shift even where one window covers the map.
+            pad_before_shift: Pad maps that windows do not divide before the shift, not after it. With this,
+                always_partition and dynamic_img_size, the last stage does at every size what that of the authors'
+                detection backbone does; their classifier takes no such sizes.
             strict_img_size: Require the input to match img_size.
             dynamic_img_size: Accept any input size. Same as strict_img_size=False.
             mlp_ratio: Hidden channels of the MLPs per channel, for all stages or one per stage.
@@ -234,6 +238,7 @@ class ElsaSwin(SwinTransformer):
                     input_resolution=output_resolution,
                     window_size=window_size[i],
                     always_partition=always_partition,
+                    pad_before_shift=pad_before_shift,
                     dynamic_mask=self.dynamic_img_size,
                 )
                 shift_size = tuple([w // 2 for w in window_size[i]])

@@ -18,7 +18,7 @@ from .loading import DataError
 _FACTORIES = ('torch/', 'hfds/', 'hfids/', 'wds/')
 
 
-def _decode(source: Union[Path, BinaryIO, Image.Image], mode: str, name: Any) -> Image.Image:
+def decode(source: Union[Path, BinaryIO, Image.Image], mode: str, name: Any) -> Image.Image:
     if isinstance(source, Image.Image):
         return source.convert(mode)
     try:
@@ -63,7 +63,7 @@ class LabelledImages(Dataset):
         Raises:
             DataError: Its file cannot be read.
         """
-        return _decode(self.images[index], self.mode, self.images[index])
+        return decode(self.images[index], self.mode, self.images[index])
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         image = self.image(index)
@@ -91,7 +91,7 @@ class FactoryImages(Dataset):
     def _sample(self, index: int) -> Tuple[Image.Image, int]:
         # timm's own reading replaces what cannot be read, and does not count it
         source, target = (getattr(self.dataset, 'reader', None) or self.dataset)[index][:2]
-        return _decode(source, self.mode, f'{self.name}, image {index}'), int(target)
+        return decode(source, self.mode, f'{self.name}, image {index}'), int(target)
 
     def image(self, index: int) -> Image.Image:
         """As `LabelledImages.image`."""

@@ -190,6 +190,19 @@ def find_images(inputs: Sequence[str]) -> List[str]:
     return list(dict.fromkeys(files))
 
 
+def unique_names(files: Sequence[str]) -> List[str]:
+    """A name without ending for the results of each file, numbered where files of several folders share theirs."""
+    names: List[str] = []
+    for file in files:
+        stem, number = Path(file).stem, 1
+        name = stem
+        while name in names:
+            number += 1
+            name = f'{stem}-{number}'
+        names.append(name)
+    return names
+
+
 class Answer(NamedTuple):
     """The likeliest classes of one image, the likeliest first; none where it cannot be read."""
     file: str

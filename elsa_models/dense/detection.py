@@ -1,0 +1,202 @@
+"""Detectors of torchvision on any backbone of `DenseBackbone`: Mask R-CNN, Cascade Mask R-CNN, RetinaNet."""
+import inspect
+from collections import OrderedDict
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from torchvision.models.detection import MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from .cascade import CascadeRoIHeads
+from .features import DenseBackbone
+
+DETECTORS = ('mask_rcnn', 'cascade_mask_rcnn', 'retinanet')
+_GIVEN = {  # arguments of torchvision's classes that follow from others
+    'self', 'kwargs', 'backbone', 'num_classes', 'min_size', 'max_size', 'image_mean', 'image_std', 'anchor_generator',
+    'rpn_anchor_generator', 'head', 'rpn_head', 'box_roi_pool', 'box_head', 'box_predictor', 'mask_roi_pool',
+    'mask_head', 'mask_predictor', 'proposal_matcher'}
+_IOUS, _BOX_WEIGHTS = (0.5, 0.6, 0.7), ((10., 10., 5., 5.), (20., 20., 10., 10.), (30., 30., 15., 15.))  # of a cascade
+
+
+class FpnBackbone(nn.Module):
+    """A backbone with a feature pyramid network, as torchvision's detectors want it.
+
+    Attributes:
+        out_channels: Channels of each map.
+    """
+
+    def __init__(self, body: DenseBackbone, out_channels: int = 256, first: int = 0) -> None:
+        """
+        Args:
+            body: Gives maps (B, C, H, W) of strides 4 to 32.
+            out_channels: Channels of the pyramid.
+            first: First map that is taken. With all four, max pooling makes a fifth (Mask R-CNN); without the first,
+                two convolutions make two more (RetinaNet).
+        """
+        super().__init__()
+        self.body, self.first, self.out_channels = body, first, out_channels
+        for i in range(first):
+            setattr(body, f'norm{i}', nn.Identity())  # several processes need every parameter to be used
+        extra = LastLevelMaxPool() if first == 0 else LastLevelP6P7(out_channels, out_channels)
+        self.fpn = FeaturePyramidNetwork(list(body.channels[first:]), out_channels, extra)
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Map images (B, 3, H, W) to five maps (B, out_channels, h, w) by name."""
+        maps = self.body(x)[self.first:]
+        return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
+
+
+class _Backboned:
+    """What the training loop asks of a detector."""
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the backbone's activations twice instead of keeping them."""
+        self.backbone.body.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Tuple[str, ...]:
+        """The backbone's position tables."""
+        return tuple(f'backbone.body.{name}' for name in self.backbone.body.no_weight_decay())
+
+
+class ElsaMaskRCNN(_Backboned, MaskRCNN):
+    """torchvision's Mask R-CNN."""
+
+
+class ElsaRetinaNet(_Backboned, RetinaNet):
+    """torchvision's RetinaNet."""
+
+
+def create_detector(
+        backbone: DenseBackbone,
+        num_classes: int,
+        detector: str = 'mask_rcnn',
+        anchor_sizes: Sequence[int] = (32, 64, 128, 256, 512),
+        fpn_channels: int = 256,
+        head_channels: int = 1024,
+        min_size: int = 800,
+        max_size: int = 1333,
+        mean: Optional[Sequence[float]] = None,
+        std: Optional[Sequence[float]] = None,
+        detector_args: Optional[Dict[str, Any]] = None,
+) -> nn.Module:
+    """A detector that takes lists of images (3, H, W) between 0 and 1, of any sizes.
+
+    In training mode it takes targets as well and returns losses by name; images are not resized then. In evaluation it
+    resizes them and returns boxes, labels from 1, scores and, but for RetinaNet, masks, in pixels of the images given.
+
+    Args:
+        backbone: Gives maps (B, C, H, W).
+        num_classes: Classes without background.
+        detector: 'mask_rcnn', 'cascade_mask_rcnn' or 'retinanet'.
+        anchor_sizes: Side of the anchors of each of the five maps, in pixels.
+        fpn_channels: Channels of the pyramid and the convolutions of all heads.
+        head_channels: Channels of the linear layers of the box heads.
+        min_size: Shorter side in evaluation, in pixels.
+        max_size: Largest longer side in evaluation, in pixels.
+        mean: Mean of each channel, ImageNet's if None.
+        std: Standard deviation of each channel, ImageNet's if None.
+        detector_args: Further arguments of torchvision's class: box_batch_size_per_image, ...
+
+    Raises:
+        ValueError: A value is none of those above.
+    """
+    if detector not in DETECTORS:
+        raise ValueError(f'detector: got {detector!r}, must be one of {", ".join(DETECTORS)}.')
+    if num_classes < 1:
+        raise ValueError(f'num_classes: got {num_classes}, must be at least 1.')
+    if len(anchor_sizes) != 5:
+        raise ValueError(f'anchor_sizes: got {len(anchor_sizes)} values, must be one for each of 5 maps.')
+    kind = RetinaNet if detector == 'retinanet' else MaskRCNN
+    known = inspect.signature(kind.__init__).parameters.keys() - _GIVEN
+    if detector == 'cascade_mask_rcnn':  # each head has its own
+        known = known - {'box_fg_iou_thresh', 'box_bg_iou_thresh', 'bbox_reg_weights'}
+    for key in detector_args or {}:  # torchvision takes any, and drops those that it does not know
+        if key not in known:
+            raise ValueError(f'detector_args: got {key!r}, must be one of {", ".join(sorted(known))}.')
+    args = dict(
+        min_size=min_size, max_size=max_size, image_mean=mean, image_std=std, _skip_resize=True,
+        **(detector_args or {}))
+    outputs = num_classes + 1
+    ratios = ((0.5, 1., 2.),) * 5
+    if detector == 'retinanet':
+        scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
+        return ElsaRetinaNet(
+            FpnBackbone(backbone, fpn_channels, first=1), outputs, anchor_generator=AnchorGenerator(scales, ratios),
+            **args)
+    model = ElsaMaskRCNN(
+        FpnBackbone(backbone, fpn_channels),
+        rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in anchor_sizes), ratios),
+        box_head=TwoMLPHead(fpn_channels * 49, head_channels),
+        box_predictor=FastRCNNPredictor(head_channels, outputs),
+        mask_head=MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1),
+        mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, outputs),
+        **args)
+    if detector == 'cascade_mask_rcnn':
+        model.roi_heads = _cascade(model.roi_heads, fpn_channels, head_channels, outputs)
+    return model
+
+
+def _cascade(single: RoIHeads, fpn_channels: int, head_channels: int, outputs: int) -> CascadeRoIHeads:
+    """Three heads with the settings of a single one; four convolutions and a linear layer each."""
+    stages = []
+    for iou, weights in zip(_IOUS, _BOX_WEIGHTS):
+        stages.append(RoIHeads(
+            MultiScaleRoIAlign(['0', '1', '2', '3'], 7, 2),
+            FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 4, [head_channels], nn.BatchNorm2d),
+            FastRCNNPredictor(head_channels, outputs),
+            iou,
+            iou,
+            single.fg_bg_sampler.batch_size_per_image,
+            single.fg_bg_sampler.positive_fraction,
+            weights,
+            single.score_thresh,
+            single.nms_thresh,
+            single.detections_per_img,
+            mask_roi_pool=MultiScaleRoIAlign(['0', '1', '2', '3'], 14, 2),
+            mask_head=MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1),
+            mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, outputs),
+        ))
+    return CascadeRoIHeads(stages)
+
+
+def check_targets(images: Sequence[torch.Tensor], targets: Sequence[Dict[str, torch.Tensor]], num_classes: int) -> None:
+    """Require that targets are what the detectors can learn from.
+
+    Args:
+        images: Images (3, H, W).
+        targets: For each, boxes (N, 4), left, top, right, bottom in pixels, labels (N,) from 1, masks (N, H, W).
+        num_classes: Classes without background.
+
+    Raises:
+        ValueError: Numbers or sizes do not match, a class is out of range, or a box is empty or outside its image.
+    """
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        H, W = image.shape[-2:]
+        boxes, labels, masks = target['boxes'], target['labels'], target['masks']
+        if boxes.shape != (len(labels), 4):
+            raise ValueError(f'boxes of image {i}: got shape {tuple(boxes.shape)}, must be {(len(labels), 4)}.')
+        if masks.shape != (len(labels), H, W):
+            raise ValueError(f'masks of image {i}: got shape {tuple(masks.shape)}, must be {(len(labels), H, W)}.')
+        strange = labels[(labels < 1) | (labels > num_classes)]
+        if len(strange):
+            raise ValueError(f'labels of image {i}: got class {strange[0].item()}, must be from 1 to {num_classes}.')
+        wrong = (boxes[:, :2] < 0).any(1) | (boxes[:, 2] > W) | (boxes[:, 3] > H)
+        wrong = wrong | (boxes[:, :2] >= boxes[:, 2:]).any(1)
+        if wrong.any():
+            raise ValueError(
+                f'boxes of image {i}: got {boxes[wrong][0].tolist()}, must be left, top, right, bottom within {W} x {H}'
+                f' pixels.')
+
+
+def losses_of(model: nn.Module, images: List[torch.Tensor], targets: List[Dict[str, torch.Tensor]]) -> Dict[str, Any]:
+    """The losses of a detector by name, and their sum as 'loss'."""
+    losses = model(images, targets)
+    return dict(loss=sum(losses.values()), **losses)

@@ -1,0 +1,183 @@
+"""Detectors: any size, empty images, losses, targets that cannot be, the cascade."""
+import pytest
+import torch
+from helpers import assert_near
+
+import elsa_models  # noqa: F401
+from elsa_models.dense import DenseBackbone
+from elsa_models.dense.cascade import CascadeRoIHeads
+from elsa_models.dense.detection import DETECTORS, check_targets, create_detector, losses_of
+
+SMALL = dict(box_batch_size_per_image=16, rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=30)
+
+
+def _detector(detector='mask_rcnn', name='test_elsa_swin', **kwargs):
+    args = dict(patch_size=8) if 'volo' in name else {}
+    kwargs = {**dict(
+        anchor_sizes=(8, 16, 24, 32, 48), fpn_channels=16, head_channels=32, min_size=48, max_size=100,
+        detector_args=dict(detections_per_img=5) if detector == 'retinanet' else dict(SMALL, box_score_thresh=.01)),
+        **kwargs}
+    return create_detector(DenseBackbone(name, model_args=args), 3, detector, **kwargs).eval()
+
+
+def _target(H=48, W=60, number=2):
+    masks = torch.zeros(2, H, W, dtype=torch.uint8)
+    masks[0, 5:20, 5:20] = masks[1, 20:40, 30:50] = 1
+    boxes = torch.tensor([[5., 5, 20, 20], [30, 20, 50, 40]])
+    return dict(boxes=boxes[:number], labels=torch.tensor([1, 3])[:number], masks=masks[:number])
+
+
+@pytest.mark.parametrize('detector', DETECTORS)
+@pytest.mark.parametrize('name', ['test_elsa_swin', 'test_elsa_volo'])
+def test_any_sizes_at_once(detector, name):
+    images = [torch.rand(3, 33, 47), torch.rand(3, 100, 30)]
+    with torch.no_grad():
+        found = _detector(detector, name)(images)
+    for image, f in zip(images, found):
+        H, W = image.shape[1:]
+        assert f['labels'].numel() == 0 or 1 <= f['labels'].min() and f['labels'].max() <= 3
+        assert (f['boxes'] >= 0).all() and (f['boxes'][:, 2] <= W).all() and (f['boxes'][:, 3] <= H).all()
+        assert ('masks' in f) == (detector != 'retinanet')
+        if 'masks' in f:
+            assert f['masks'].shape == (len(f['boxes']), 1, H, W) and len(f['boxes'])
+
+
+@pytest.mark.parametrize('detector', DETECTORS)
+def test_every_parameter_learns(detector):
+    model = _detector(detector).train()
+    losses = losses_of(model, [torch.rand(3, 48, 60)] * 2, [_target(), _target(number=1)])
+    losses['loss'].backward()
+    assert losses['loss'] == sum(v for k, v in losses.items() if k != 'loss')
+    # the finest convolutions of the pyramid get no boxes in so small an image
+    assert all(p.grad is not None for p in model.parameters())
+    assert sum(bool(p.grad.abs().sum() > 0) for p in model.parameters()) > .9 * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize('detector', DETECTORS)
+def test_images_without_objects(detector):
+    model = _detector(detector).train()
+    for targets in ([_target(number=0)] * 2, [_target(number=0), _target()]):
+        losses = losses_of(model, [torch.rand(3, 48, 60)] * 2, targets)
+        losses['loss'].backward()
+        assert all(v.isfinite() for v in losses.values())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('detector', DETECTORS)
+def test_overfits_one_image(detector):
+    torch.manual_seed(0)
+    # the backbone's output hangs on drop path no more, and anchors fit the objects
+    args = dict(detections_per_img=20) if detector == 'retinanet' else dict(SMALL)
+    model = _detector(detector, fpn_channels=32, head_channels=64, detector_args=args).train()
+    for m in model.modules():
+        if hasattr(m, 'drop_prob'):
+            m.drop_prob = 0.
+    image, target = .2 * torch.rand(3, 48, 60), _target()
+    image[0, 5:20, 5:20] += .8
+    image[1, 20:40, 30:50] += .8
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(120):
+        loss = losses_of(model, [image, image], [target, target])['loss']
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+    with torch.no_grad():
+        found, = model.eval()([image])
+    best = {k: x[:2] for k, x in found.items()}
+    order = best['labels'].argsort()
+    assert best['labels'][order].tolist() == [1, 3]
+    assert (best['boxes'][order] - target['boxes']).abs().max() < 4
+    if 'masks' in best:
+        masks = best['masks'][order, 0] > .5
+        overlap = (masks & target['masks'].bool()).sum((1, 2)) / (masks | target['masks'].bool()).sum((1, 2))
+        assert overlap.min() > .7
+
+
+def test_a_cascade_of_one_head_scores_as_that_head():
+    model = _detector('cascade_mask_rcnn')
+    images = [torch.rand(3, 48, 60)]
+    stage = model.roi_heads.stages[0]
+    with torch.no_grad():
+        model.roi_heads = CascadeRoIHeads([stage], [1.]).eval()
+        found, = model(images)
+        model.roi_heads = stage  # torchvision's own
+        expected, = model(images)
+    assert found.keys() == expected.keys() and len(found['boxes'])
+    for k in found:
+        assert_near(found[k], expected[k], 1e-4)
+
+
+def test_heads_of_a_cascade_ask_for_more_and_start_where_the_last_ended(monkeypatch):
+    model = _detector('cascade_mask_rcnn').train()
+    stages = model.roi_heads.stages
+    assert [s.proposal_matcher.high_threshold for s in stages] == [.5, .6, .7]
+    assert [s.box_coder.weights for s in stages] == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
+    given = []
+    for stage in stages:
+        original = stage.select_training_samples
+
+        def keep(proposals, targets, original=original):
+            given.append([p.clone() for p in proposals])
+            return original(proposals, targets)
+        monkeypatch.setattr(stage, 'select_training_samples', keep)
+    target = _target()
+    model([torch.rand(3, 48, 60)], [target])
+    assert len(given) == 3 and not any(p.requires_grad for g in given for p in g)
+    for later in given[1:]:
+        # boxes of the truth are given by each head anew, and not handed on
+        assert not (later[0][:, None] == target['boxes']).all(-1).any()
+        assert 0 < len(later[0]) <= SMALL['box_batch_size_per_image']
+
+
+def test_weights_of_a_cascade_are_one_for_each_head():
+    with pytest.raises(ValueError, match='loss_weights'):
+        CascadeRoIHeads([], [1.])
+
+
+PUBLISHED = {  # millions; Mask R-CNN, Cascade Mask R-CNN
+    'elsa_swin_tiny': (49, 86), 'elsa_swin_small': (72, 110)}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_parameters_are_those_published(name):
+    for detector, published in zip(('mask_rcnn', 'cascade_mask_rcnn'), PUBLISHED[name]):
+        with torch.device('meta'):
+            model = create_detector(DenseBackbone(name), 80, detector)
+        assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - published) <= .5
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(labels=torch.tensor([1, 4])), 'class 4'),
+    (dict(labels=torch.tensor([0, 1])), 'class 0'),
+    (dict(labels=torch.tensor([1])), 'boxes of image 1: got shape'),
+    (dict(masks=torch.zeros(2, 48, 61)), 'masks of image 1: got shape'),
+    (dict(masks=torch.zeros(1, 48, 60)), 'masks of image 1: got shape'),
+    (dict(boxes=torch.tensor([[5., 5, 20, 20], [30, 20, 61, 40]])), r'boxes of image 1: got \[30'),
+    (dict(boxes=torch.tensor([[5., -1, 20, 20], [30, 20, 50, 40]])), r'boxes of image 1: got \[5'),
+    (dict(boxes=torch.tensor([[5., 5, 20, 20], [30, 20, 30, 40]])), r'boxes of image 1: got \[30'),
+])
+def test_bad_targets_are_named(change, message):
+    images = [torch.rand(3, 48, 60)] * 2
+    check_targets(images, [_target(), _target()], 3)
+    with pytest.raises(ValueError, match=message):
+        check_targets(images, [_target(), {**_target(), **change}], 3)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(detector='yolo'), "detector: got 'yolo'"),
+    (dict(anchor_sizes=(8, 16)), 'anchor_sizes: got 2'),
+    (dict(detector_args=dict(no_such=1)), "detector_args: got 'no_such'"),
+    (dict(detector='cascade_mask_rcnn', detector_args=dict(box_fg_iou_thresh=.5)), 'detector_args: got'),
+])
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        _detector(**kwargs)
+
+
+def test_the_loop_finds_what_it_asks_for():
+    model = _detector()
+    model.set_grad_checkpointing()
+    assert model.backbone.body.body['layers_0'].grad_checkpointing
+    names = dict(model.named_parameters())
+    assert model.no_weight_decay() and all(n in names for n in model.no_weight_decay())

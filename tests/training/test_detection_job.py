@@ -1,0 +1,251 @@
+"""Detection from data to results: COCO's format, transforms, AP, a run and its scripts."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import elsa_models  # noqa: F401
+from elsa_models.dense.shapes import Shapes, boxes_of
+from elsa_models.training import DataError, RecipeError, World, load_recipe, run_job
+
+pytest.importorskip('pycocotools')
+
+from elsa_models.training.detection import (  # noqa: E402
+    DetectionJob,
+    DetectionRecipe,
+    ObjectImages,
+    RandomRangeCrop,
+    average_precision,
+    detect,
+    load_detector,
+    load_objects,
+    to_coco,
+    train_transform,
+)
+
+ROOT = Path(__file__).parents[2]
+SMALL = dict(
+    size=48, train_images=8, val_images=5, epochs=1, batch_size=2, fpn_channels=16, head_channels=32,
+    anchor_sizes=(8, 16, 24, 32, 48), short_sides=(48, 56), eval_short_side=48, max_side=100,
+    detector_args=dict(box_batch_size_per_image=16, rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=30))
+
+
+def _recipe(**kwargs):
+    return DetectionRecipe(**{**SMALL, **kwargs})
+
+
+def _box(mask):
+    left, top, right, bottom = boxes_of(mask[None])[0].tolist()
+    return [left, top, right - left, bottom - top]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Shapes as a data set in COCO's format, with category numbers that leave gaps."""
+    folder = tmp_path / 'coco'
+    (folder / 'annotations').mkdir(parents=True)
+    for split, seed in (('train2017', 0), ('val2017', 1)):
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for i, scene in enumerate(Shapes(4, 48, seed)[j] for j in range(4)):
+            scene.image.save(folder / split / f'{i}.png')
+            images.append(dict(id=10 + i, file_name=f'{i}.png', height=48, width=48))
+            for mask, label in zip(scene.masks, scene.labels.tolist()):
+                counts, last = [0], 0
+                for v in mask.T.ravel().astype(int):  # uncompressed run lengths, column by column
+                    if v != last:
+                        counts.append(0)
+                        last = v
+                    counts[-1] += 1
+                annotations.append(dict(
+                    id=len(annotations) + 1, image_id=10 + i, category_id=(3, 7, 90)[label], iscrowd=0,
+                    area=int(mask.sum()), bbox=_box(mask), segmentation=dict(size=[48, 48], counts=counts)))
+        categories = [dict(id=i, name=n) for i, n in ((3, 'circle'), (7, 'square'), (90, 'triangle'))]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        (folder / 'annotations' / f'instances_{split}.json').write_text(json.dumps(content))
+    return folder
+
+
+def _change(coco, change, split='train2017'):
+    file = coco / 'annotations' / f'instances_{split}.json'
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_coco_folder(coco):
+    train, val = load_objects(_recipe(data=str(coco)))
+    assert train.class_names == ['circle', 'square', 'triangle'] and train.category_ids == [3, 7, 90]
+    for i in range(4):
+        scene, found = Shapes(4, 48)[i], train.read(i)
+        assert np.array_equal(found.masks.astype(bool), scene.masks)
+        assert np.array_equal(found.labels, scene.labels + 1)
+        assert np.array_equal(found.boxes, boxes_of(scene.masks))
+    assert val.image_ids == [10, 11, 12, 13]
+
+
+def test_crowds_and_what_is_outside_are_left_out(coco):
+    def change(content):
+        first = content['annotations'][0]
+        content['annotations'] = [
+            dict(first, id=1, bbox=[-5, 40, 20, 30]), dict(first, id=2, bbox=[60, 5, 10, 10]),
+            dict(first, id=3, iscrowd=1)]
+        for a in content['annotations']:
+            a['image_id'] = 10
+    _change(coco, change)
+    train, _ = load_objects(_recipe(data=str(coco)))
+    assert train.read(0).boxes.tolist() == [[0, 40, 15, 48]]
+    assert len(train.read(1).boxes) == 0 and train[1][1]['masks'].shape == (0, 48, 48)
+    train.skip_empty()
+    assert train.image_ids == [10]
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda c: c['annotations'][0].update(category_id=4), 'unlisted category 4'),
+    (lambda c: c['annotations'][0]['segmentation'].update(size=[48, 47]), 'mask'),
+    (lambda c: c['images'][0].update(width=50), 'is of 48 x 48 pixels, its annotations of 50 x 48'),
+    (lambda c: c['images'][0].update(file_name='gone.png'), 'gone.png'),
+])
+def test_bad_annotations_are_named(coco, change, message):
+    _change(coco, lambda c: [c['annotations'][0].update(image_id=10), change(c)])
+    train, _ = load_objects(_recipe(data=str(coco)))
+    with pytest.raises((DataError, OSError), match=message):
+        train[0]
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda c: c.update(categories=[]), 'lists no categories'),
+    (lambda c: c['categories'][0].update(name='ring'), 'other categories'),
+    (lambda c: c.update(images=[]), 'no images to train on'),
+    (lambda c: c.pop('images'), 'no images|cannot be read'),
+])
+def test_bad_data_sets_are_named(coco, change, message):
+    _change(coco, change)
+    with pytest.raises(DataError, match=message):
+        load_objects(_recipe(data=str(coco)))
+
+
+def test_files_that_are_no_annotations(coco, tmp_path):
+    (coco / 'annotations' / 'instances_val2017.json').write_text('[1')
+    with pytest.raises(DataError, match='instances_val2017.json: cannot be read'):
+        load_objects(_recipe(data=str(coco)))
+    with pytest.raises(DataError, match='data: got'):
+        load_objects(_recipe(data=str(tmp_path / 'nowhere')))
+
+
+@pytest.mark.parametrize('crop', [0., 1.])
+def test_transforms_move_boxes_and_masks_with_the_image(crop):
+    recipe = _recipe(crop_prob=crop, crop_short_sides=(60, 70), crop_range=(30, 40), short_sides=(40, 50, 90))
+    images = ObjectImages(Shapes(30, 48))
+    images.transform = train_transform(recipe)
+    sizes, worst = set(), []
+    for i in range(30):
+        image, target = images[i]
+        H, W = image.shape[1:]
+        sizes.add((H, W))
+        assert target['masks'].shape == (len(target['labels']), H, W) and image.dtype == torch.uint8
+        for box, mask in zip(target['boxes'], target['masks'].numpy()):
+            assert 0 <= box[0] < box[2] <= W and 0 <= box[1] < box[3] <= H
+            if mask.any():
+                worst.append(np.abs(boxes_of(mask[None])[0] - box.numpy()).max())
+    assert len(sizes) > 2 and np.median(worst) < 2 if not crop else len(sizes) > 5
+
+
+def test_crops_stay_within_their_range():
+    crop = RandomRangeCrop(20, 30)
+    shapes = [crop(torch.zeros(3, 64, 25)).shape for _ in range(50)]
+    assert {s[1] for s in shapes} <= set(range(20, 31)) and {s[2] for s in shapes} <= set(range(20, 26))
+    assert len({s[1] for s in shapes}) > 5 and max(s[2] for s in shapes) == 25
+
+
+def test_perfect_detections_have_an_ap_of_100_and_worse_ones_less():
+    images = ObjectImages(Shapes(12, 48))
+    results, shifted = [], []
+    for i in range(12):
+        found = images.read(i)
+        boxes = torch.from_numpy(found.boxes)
+        perfect = dict(
+            boxes=boxes, labels=torch.from_numpy(found.labels), scores=torch.ones(len(found.boxes)),
+            masks=torch.from_numpy(found.masks)[:, None].float())
+        results += to_coco(perfect, i, images.category_ids)
+        side = (boxes[:, 2:] - boxes[:, :2]).mean(1, keepdim=True)
+        shifted += to_coco(dict(perfect, boxes=boxes + .12 * side), i, images.category_ids)
+    truth = images.ground_truth()
+    for kind in ('bbox', 'segm'):
+        assert average_precision(truth, results, images.image_ids, kind)['ap'] == pytest.approx(100)
+    worse = average_precision(truth, shifted, images.image_ids, 'bbox')
+    assert worse['ap50'] > 90 > worse['ap75']
+    assert average_precision(truth, results[:-5], images.image_ids, 'bbox')['ap50'] < 100
+    assert average_precision(truth, [], images.image_ids, 'bbox')['ap'] == 0.
+
+
+@pytest.mark.parametrize('detector', ['mask_rcnn', 'cascade_mask_rcnn', 'retinanet'])
+def test_a_run(tmp_path, detector):
+    args = SMALL['detector_args'] if detector != 'retinanet' else {}
+    result = run_job(_recipe(output=str(tmp_path), detector=detector, detector_args=args), DetectionJob)
+    assert sorted(p.name for p in result.files) == ['log.csv', 'model', 'predictions.png', 'recipe.yaml']
+    assert result.metrics['val_images'] == 5 and 0. <= result.metrics['val_box_ap'] <= 100.
+    assert ('val_mask_ap' in result.metrics) == (detector != 'retinanet')
+    model, config = load_detector(result.folder / 'model')
+    assert config['class_names'] == ['circle', 'square', 'triangle']
+    image = Shapes(1, 48)[0].image
+    a, b = detect(model, image, 0.), detect(result.job.model.eval(), image, 0.)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_on_a_folder_skips_what_cannot_be_read(coco, tmp_path):
+    (coco / 'val2017' / '0.png').write_bytes(b'no image')
+    result = run_job(_recipe(output=str(tmp_path / 'out'), data=str(coco)), DetectionJob)
+    assert result.metrics['val_images'] == 3 and result.folder.name == 'coco'
+
+
+@pytest.mark.parametrize('values, message', [
+    (dict(model='local-dir:x'), 'model: got'), (dict(model='no_such_model'), 'no_such_model'),
+    (dict(layer_decay=.8), 'layer_decay'), (dict(checkpoint='gone.pth'), 'checkpoint'), (dict(mean=(.5,)), 'mean'),
+    (dict(anchor_sizes=(8,)), 'anchor_sizes'), (dict(crop_range=(60, 40)), 'crop_range'),
+    (dict(detector_args=dict(nothing=1)), 'detector_args'),
+])
+def test_bad_recipes_are_named(values, message):
+    with pytest.raises(RecipeError, match=message):
+        DetectionJob(_recipe(**values), World(torch.device('cpu')))
+
+
+def test_scripts(tmp_path, coco):
+    result = run_job(_recipe(output=str(tmp_path)), DetectionJob)
+    (coco / 'val2017' / 'broken.png').write_bytes(b'no image')
+    command = [
+        sys.executable, str(ROOT / 'scripts' / 'predict_detection.py'), str(coco / 'val2017'), '--model',
+        str(result.folder / 'model'), '--output', str(tmp_path / 'found'), '--threshold', '0', '--device', 'cpu']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and 'broken.png: cannot be read' in done.stderr, done.stderr
+    objects = json.loads((tmp_path / 'found' / 'objects.json').read_text())
+    assert len(objects) == 4 and all(set(o) == {'label', 'bbox', 'score', 'segmentation'} for os in objects.values()
+                                     for o in os)
+    with Image.open(tmp_path / 'found' / '2.png') as image:
+        assert image.size == (48, 48)
+
+
+RECIPES = sorted((ROOT / 'configs' / 'detection').glob('*.yaml'))
+
+
+@pytest.mark.parametrize('file', RECIPES, ids=lambda f: f.stem)
+def test_recipes_build(file):
+    from elsa_models.training.detection import build_detector
+    recipe = load_recipe(file, kind=DetectionRecipe)
+    train_transform(recipe)
+    names = list('abc') if recipe.data == 'shapes' else [str(i) for i in range(80)]
+    with torch.device('meta'):
+        model = build_detector({**recipe.__dict__, 'class_names': names})
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    if 'elsa_swin' in file.stem:
+        published = {
+            'mask_rcnn_elsa_swin_tiny': 49, 'mask_rcnn_elsa_swin_small': 72, 'cascade_mask_rcnn_elsa_swin_tiny': 86,
+            'cascade_mask_rcnn_elsa_swin_small': 110}[file.stem[:-3]]
+        assert abs(millions - published) <= .5
+    else:
+        assert millions < 5
