@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -13,6 +14,7 @@ from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import FeatureInfo, get_model_input_config
 
+from ._extras import require
 from .deploy import rewrite_for_runtimes
 
 _logger = logging.getLogger(__name__)
@@ -40,14 +42,9 @@ class _Preprocessed(nn.Module):
         return self.model((x.to(self.scale.dtype) * self.scale + self.offset).permute(0, 3, 1, 2))
 
 
-def _require_onnx():
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as e:
-        raise ImportError(f"ONNX export needs the package {e.name!r}: pip install 'elsa_models[onnx]'.") from e
-    return onnx, onnxruntime
+def _require_onnx() -> Tuple[ModuleType, ModuleType]:
+    require('onnxscript', 'onnx')
+    return require('onnx', 'onnx'), require('onnxruntime', 'onnx')
 
 
 def export_onnx(
