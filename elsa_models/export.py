@@ -15,6 +15,7 @@ from timm.layers import to_2tuple
 from timm.models import FeatureInfo, get_model_input_config
 
 from ._extras import require
+from ._modes import evaluating
 from .deploy import rewrite_for_runtimes
 
 _logger = logging.getLogger(__name__)
@@ -102,11 +103,9 @@ def export_onnx(
 
     real = _load_images(images, data_config, size) if images is not None else []
     device = next(model.parameters()).device
-    training = {m: m.training for m in model.modules()}
-    model.eval()
     folder = _make_temporary(path)
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             wrapped, rewritten = model, rewrite_for_runtimes(model)
             if preprocess:
                 mean, std = data_config['mean'], data_config['std']
@@ -127,8 +126,6 @@ def export_onnx(
         for file in written:  # the graph last: it names the other
             os.replace(file, path.parent / file.name)
     finally:
-        for module, mode in training.items():
-            module.training = mode
         shutil.rmtree(folder, ignore_errors=True)
     _logger.info('exported %s, %.1f MB', path, path.stat().st_size / 1e6)
     return path

@@ -53,11 +53,12 @@ def publish(
     card = (folder / 'README.md').read_text(encoding='utf-8').replace('hf-hub:OWNER/', f'hf-hub:{owner}/')
     contents = {name: (folder / name).read_bytes() for name in FILES}
     contents['README.md'] = card.encode()
-    digest = hashlib.sha256(contents['model.safetensors']).hexdigest()
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    digest = digests['model.safetensors']
     if digest not in card:
         raise WeightsError(
             f'{folder / "README.md"}: does not give the sha256 of model.safetensors, {digest}. Convert it again.')
-    files = [f'{name} {len(data)} {hashlib.sha256(data).hexdigest()}' for name, data in contents.items()]
+    files = [f'{name} {len(data)} {digests[name]}' for name, data in contents.items()]
     api = HfApi(token=token, library_name='elsa_models')
     url = f'{api.endpoint}/{repo_id}'
     if dry_run:

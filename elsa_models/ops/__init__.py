@@ -142,8 +142,8 @@ def _local_attention(
     normalize = True
     if dropout_p > 0.:
         normalize = False
-        dtype = torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
-        logits = torch.nn.functional.dropout(logits.softmax(dim=-1, dtype=dtype), dropout_p).to(value.dtype)
+        weights = logits.softmax(dim=-1, dtype=eager.compute_dtype(value))
+        logits = torch.nn.functional.dropout(weights, dropout_p).to(value.dtype)
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return local_attention_plain(value, logits, kernel_size, dilation, ghost_mul, ghost_add, normalize)
     if _choice == _REFERENCE:

@@ -37,7 +37,7 @@ def forward(
         normalize: bool,
 ) -> torch.Tensor:
     """See `local_attention_reference`, whose arguments and result these are."""
-    K, d, dtype = kernel_size, dilation, _compute_dtype(value)
+    K, d, dtype = kernel_size, dilation, compute_dtype(value)
     mul, add = _cast(ghost_mul, dtype), _cast(ghost_add, dtype)
     out = value.new_empty(value.shape)
     bands = _Bands(value, logits.shape[3], K, d, dtype)
@@ -63,7 +63,7 @@ def backward(
         normalize: bool,
 ) -> Grads:
     """Gradients of value, logits, ghost_mul and ghost_add (None where that is None) for the output's `grad`."""
-    K, d, dtype = kernel_size, dilation, _compute_dtype(value)
+    K, d, dtype = kernel_size, dilation, compute_dtype(value)
     mul, add = _cast(ghost_mul, dtype), _cast(ghost_add, dtype)
     grad_value, grad_logits = value.new_empty(value.shape), logits.new_empty(logits.shape)
     grad_mul = None if mul is None else mul.new_zeros(mul.shape)
@@ -85,7 +85,8 @@ def backward(
     return grad_value, grad_logits, _cast(grad_mul, value.dtype), _cast(grad_add, value.dtype)
 
 
-def _compute_dtype(value: torch.Tensor) -> torch.dtype:
+def compute_dtype(value: torch.Tensor) -> torch.dtype:
+    """The type that sums are taken in: float32 for the half precisions."""
     return torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
 
 

@@ -12,7 +12,7 @@ from typing import Iterator, Optional, Tuple
 
 import torch
 
-from .eager import Grads
+from .eager import Grads, compute_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MISSING = None if importlib.util.find_spec('numba') else 'Numba is not installed (the extra `cpu`)'
@@ -46,7 +46,7 @@ def forward(
         normalize: bool,
 ) -> torch.Tensor:
     """See `local_attention_reference`, whose arguments and result these are."""
-    dtype = _compute_dtype(value)
+    dtype = compute_dtype(value)
     mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
     out = value.new_empty(value.shape)
     for chunk in _chunks(logits, whole=value.dtype == dtype):
@@ -70,7 +70,7 @@ def backward(
         normalize: bool,
 ) -> Grads:
     """Gradients of value, logits, ghost_mul and ghost_add (None where that is None) for the output's `grad`."""
-    dtype, taps = _compute_dtype(value), kernel_size ** 2
+    dtype, taps = compute_dtype(value), kernel_size ** 2
     mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
     turned_mul, turned_add = (None if x is None else x.flip(0) for x in (mul, add))
     grad_value, grad_logits = value.new_empty(value.shape), logits.new_empty(logits.shape)
@@ -95,10 +95,6 @@ def backward(
         grad_value[chunk] = _aggregate(
             torch.empty_like(g), g, spread, turned_mul, turned_add, kernel_size, dilation, normalize=False)
     return grad_value, grad_logits, _by_channel(grad_mul, ghost_mul), _by_channel(grad_add, ghost_add)
-
-
-def _compute_dtype(value: torch.Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def _by_tap(ghost: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch.Tensor]:

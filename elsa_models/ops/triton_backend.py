@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-Grads = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
+from .eager import Grads, compute_dtype
 
 _INTERPRET = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
@@ -154,7 +154,7 @@ class _Problem:
         self.width = self.C // self.G
         self.K, self.normalize, self.device = K, normalize, value.device
         self.dilation = min(dilation, max(self.H, self.W))  # further out there is nothing either
-        self.storage, self.dtype = value.dtype, torch.float64 if value.dtype == torch.float64 else torch.float32
+        self.storage, self.dtype = value.dtype, compute_dtype(value)
         self.BC = min(_BLOCK_CHANNELS, _power_of_two(self.width))
         self.splits = -(-self.width // self.BC)  # blocks of channels in a head
         self.side = _power_of_two(K)

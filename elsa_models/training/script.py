@@ -3,8 +3,9 @@ import argparse
 import logging
 import sys
 import time
-from typing import List, Optional, Type
+from typing import Callable, List, Optional, Type
 
+import torch
 from timm.utils import setup_default_logging
 
 from .._files import OutputError
@@ -13,9 +14,24 @@ from .job import Job
 from .loading import DataError
 from .loop import DivergedError
 from .run import Result, run_job
+from .world import leave_world
 
 
-def train_script(doc: str, recipe_kind: Type[BaseRecipe], job_kind: Type[Job], argv: Optional[List[str]]) -> int:
+def report_metrics(result: Result) -> None:
+    """Print the metrics of the best epoch."""
+    for name, value in result.metrics.items():
+        if name.startswith('val_'):
+            print(f'{name[4:]}: {value:.2f}')
+    print(f'best epoch: {result.metrics["epoch"]}')
+
+
+def train_script(
+        doc: str,
+        recipe_kind: Type[BaseRecipe],
+        job_kind: Type[Job],
+        argv: Optional[List[str]],
+        report: Callable[[Result], None] = report_metrics,
+) -> int:
     """Run a training script and return its exit status.
 
     Args:
@@ -23,6 +39,7 @@ def train_script(doc: str, recipe_kind: Type[BaseRecipe], job_kind: Type[Job], a
         recipe_kind: Class of the recipe.
         job_kind: What is trained.
         argv: Arguments, those of the process if None.
+        report: Prints how good the result is.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -32,26 +49,27 @@ def train_script(doc: str, recipe_kind: Type[BaseRecipe], job_kind: Type[Job], a
     setup_default_logging(logging.WARNING)
     logging.getLogger('elsa_models.training').setLevel(logging.INFO)
     start = time.monotonic()
+    status = 0
     try:
         result = run_job(load_recipe(overrides.pop('config'), overrides, recipe_kind), job_kind)
     except (RecipeError, DataError, DivergedError, OutputError, ImportError) as e:
         print(f'error: {e}', file=sys.stderr)
-        return 2
+        status = 2
+    except torch.OutOfMemoryError as e:
+        print(f'error: {str(e).splitlines()[0]}\n'
+              'amp, accumulate, grad_checkpointing and fsdp take less memory; see docs/finetune.md', file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-        return 130
-    if result.files:  # the main process
-        _report(result, time.monotonic() - start)
-    return 0
-
-
-def _report(result: Result, seconds: float) -> None:
-    print()
-    for name, value in result.metrics.items():
-        if name.startswith('val_'):
-            print(f'{name[4:]}: {value:.2f}')
-    print(f'best epoch: {result.metrics["epoch"]}')
-    print(f'time: {round(seconds) // 60} min {round(seconds) % 60} s')
-    print('results:')
-    for file in result.files:
-        print(f'  {file}')
+        status = 130
+    else:
+        if result.files:  # the main process
+            minutes, seconds = divmod(round(time.monotonic() - start), 60)
+            print()
+            report(result)
+            print(f'time: {minutes} min {seconds} s')
+            print('results:')
+            for file in result.files:
+                print(f'  {file}')
+    leave_world()
+    return status
