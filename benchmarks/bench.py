@@ -160,6 +160,9 @@ def bench_models(args: argparse.Namespace) -> None:
         for mode, form, batch in itertools.product(args.mode, args.form, args.batch):
             specs = [dict(kind='model', name=n, mode=mode, form=form, batch=batch, size=size) for n in (name, baseline)]
             steps = [make_model_step(spec, args) for spec in specs]
+            compiled = dict(zip(
+                ('compile_s', 'baseline_compile_s'), (harness.compile_seconds(step, args.device) for step in steps)
+            )) if form == 'compiled' else {}
             times = harness.interleave(steps, args.device, args.runs, args.warmup, args.min_seconds)
             del steps
             memory = [harness.peak_memory(__file__, spec, args) for spec in specs]
@@ -173,7 +176,7 @@ def bench_models(args: argparse.Namespace) -> None:
                 peak_mib=f'{memory[0]:.0f}', baseline_peak_mib=f'{memory[1]:.0f}',
                 ms=f'{1e3 * medians[0]:.3f}', baseline_ms=f'{1e3 * medians[1]:.3f}', gmacs=f'{gmacs[name]:.2f}',
                 baseline_gmacs=f'{gmacs[baseline]:.2f}', arithmetic_share=f'{floor / medians[0]:.3f}',
-                backend=served_by(args))
+                backend=served_by(args), **{name: f'{seconds:.1f}' for name, seconds in compiled.items()})
             harness.append(args.results / 'models.csv', row)
             print(
                 f'{name} / {baseline}, {args.device} {args.dtype} {mode} {form} batch {batch} at {size}: '

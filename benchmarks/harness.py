@@ -49,6 +49,15 @@ def interleave(steps: List[Step], device: str, runs: int, warmup: int, min_secon
     return times
 
 
+def compile_seconds(step: Step, device: str) -> float:
+    """What the first call of a compiled step takes, without what earlier compilations left on disk."""
+    start = time.perf_counter()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def compare(ours: List[float], theirs: List[float]) -> Dict[str, str]:
     """Median, 20th and 80th percentile of ours / theirs, each from two neighbouring measurements."""
     ratios = sorted(a / b for a, b in zip(ours, theirs))

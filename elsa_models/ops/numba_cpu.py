@@ -5,6 +5,7 @@ making and its use. Backward makes the softmax again, writes it for the pixels t
 loop over it for the gradient of the values: every sum has one order, whatever the number of threads.
 Half precisions pass through float32, one chunk of samples at a time.
 """
+import functools
 import importlib.util
 import os
 import threading
@@ -19,7 +20,7 @@ _MISSING = None if importlib.util.find_spec('numba') else 'Numba is not installe
 _CHUNK_BYTES = 1 << 23  # of a chunk's attention: what caches may hold
 _SERIAL_PRODUCTS = 1 << 15  # fewer than these are done before another thread has woken
 _BLOCK_PIXELS = 64  # that sum their part of a ghost matrix's gradient in one place
-_WIDTHS = (16, 12, 8, 4, 2, 1)  # of vectors: with four pixels at a time, what registers hold
+_WIDTHS = (32, 16, 12, 8, 4, 2, 1)  # of vectors, the first for CPUs with AVX-512
 
 _lock = threading.Lock()
 _parallel_pid: Optional[int] = None
@@ -148,8 +149,15 @@ def _vectors(dtype: torch.dtype, channels: int):
 
     from ._simd import Vector
     scalar = types.float64 if dtype == torch.float64 else types.float32
-    width = next(w for w in _WIDTHS if channels % w == 0)
+    width = next(w for w in _WIDTHS if channels % w == 0 and w <= _widest())
     return Vector(scalar, width), Vector(scalar, 8)
+
+
+@functools.cache
+def _widest() -> int:
+    """The width of vectors of which registers hold four pixels: the AVX-512 of a CPU is twice as wide, twice as many."""
+    from llvmlite.binding import get_host_cpu_features
+    return 32 if get_host_cpu_features().get('avx512f') else 16
 
 
 def _run(kernel: str, products: int, *args) -> None:

@@ -78,7 +78,7 @@ def create_eval_loader(
 
     Args:
         dataset: Images as bytes (C, H, W), and classes.
-        batch_size: Images of a batch of this process.
+        batch_size: Images of a batch.
         world: This process.
         data_config: Size, mean and std, as `timm.data.resolve_data_config` returns them.
         workers: Processes that load.
@@ -258,8 +258,8 @@ class ClassificationJob(Job):
 
     def _create_eval_loader(self, world: World) -> EvalLoader:
         """The held-out images, shared among the processes of `world`."""
-        batch_size = max(1, self.train_loader.batch_size // (self.world.size * self.recipe.accumulate))
-        return create_eval_loader(self.splits.val, batch_size, world, self.data_config, self.recipe.workers)
+        recipe = self.recipe
+        return create_eval_loader(self.splits.val, recipe.eval_batch_size, world, self.data_config, recipe.workers)
 
     def _create_task(self, model: nn.Module) -> TrainingTask:
         recipe, device = self.recipe, self.world.device

@@ -184,6 +184,9 @@ class Recipe(ImageValues, BaseRecipe):
                                                " image; a folder, label maps made by scripts/make_token_labels.py")
     token_weight: float = _value(0.5, "weight of the tokens' loss", low=0.)
 
+    # evaluation: the same batches on any number of processes, and so the same bits
+    eval_batch_size: int = _value(64, 'images that a process evaluates at once', low=1, free=True)
+
     # output
     figures: bool = _value(True, 'draw curves, confusion, predictions and attention', free=True)
     onnx: bool = _value(True, 'export to ONNX and check it in ONNX Runtime', free=True)

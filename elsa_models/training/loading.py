@@ -2,12 +2,11 @@
 import logging
 import multiprocessing
 import random
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from .config import RecipeError
@@ -73,9 +72,9 @@ class Samples(Dataset):
 class _Order(Sampler):
     """Batches of places (epoch, index) of one process, from any step on."""
 
-    def __init__(self, sampler: Sampler, batch_size: int, drop_last: bool) -> None:
+    def __init__(self, sampler: DistributedSampler, batch_size: int) -> None:
         self.sampler = sampler
-        self.batches = BatchSampler(sampler, batch_size, drop_last)
+        self.batches = BatchSampler(sampler, batch_size, drop_last=True)
         self.epoch = 0
         self.start = 0
 
@@ -83,8 +82,7 @@ class _Order(Sampler):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
-        if hasattr(self.sampler, 'set_epoch'):
-            self.sampler.set_epoch(self.epoch)
+        self.sampler.set_epoch(self.epoch)
         for batch in islice(self.batches, self.start, None):
             yield [(self.epoch, index) for index in batch]
 
@@ -154,7 +152,7 @@ class TrainLoader:
             self.samples = Samples(dataset, seed)
             sampler = DistributedSampler(
                 dataset, num_replicas=world.size, rank=world.rank, shuffle=True, seed=seed % 2 ** 31, drop_last=True)
-            self._stream, self._order = None, _Order(sampler, batch_size // parts, drop_last=True)
+            self._stream, self._order = None, _Order(sampler, batch_size // parts)
             loader = DataLoader(self.samples, batch_sampler=self._order, **common)
         self.loader = wrap(loader)
         self.steps = self.num_images // batch_size
@@ -182,10 +180,10 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every image of a data set once, over all processes.
+    """Every image of a data set once, over all processes, in the same batches for any number of them.
 
-    All processes have as many batches, so that models that talk to each other stay in step; what the last batch of a
-    process repeats for that is not counted by `num_valid`.
+    All processes have as many batches, so that models that talk to each other stay in step; the batch that a process
+    repeats for that is not counted by `num_valid`.
     """
 
     def __init__(
@@ -201,7 +199,7 @@ class EvalLoader:
         """
         Args:
             dataset: Images and targets, by number or as a stream.
-            batch_size: Images of a batch of this process.
+            batch_size: Images of a batch.
             world: This process.
             missing: Sample in place of one that cannot be read.
             workers: Processes that load.
@@ -217,15 +215,20 @@ class EvalLoader:
         )
         self.samples = None
         self.num_valid = None  # samples of this process that count, None for all
+        self._batch_size = batch_size
         if isinstance(dataset, IterableDataset):
             if hasattr(dataset, 'set_loader_cfg'):
                 dataset.set_loader_cfg(num_workers=workers)
             loader = DataLoader(dataset, batch_size=batch_size, **common)
         else:
             self.samples = Samples(dataset, 0, missing)
-            sampler = OrderedDistributedSampler(dataset, num_replicas=world.size, rank=world.rank)
-            self.num_valid = sampler.num_valid_samples
-            loader = DataLoader(self.samples, batch_sampler=_Order(sampler, batch_size, drop_last=False), **common)
+            places = [(0, index) for index in range(len(dataset))]
+            batches = [places[i:i + batch_size] for i in range(0, len(places), batch_size)]
+            mine = batches[world.rank::world.size]
+            self.num_valid = sum(map(len, mine))
+            if len(mine) < -(-len(batches) // world.size):
+                mine.append(batches[-1])
+            loader = DataLoader(self.samples, batch_sampler=mine, **common)
         self.loader = wrap(loader)
 
     def __len__(self) -> int:
@@ -238,7 +241,6 @@ class EvalLoader:
         """Values of all samples from those of each process, in the order of the data set where it has one."""
         if self.num_valid is None:
             return torch.cat(list(parts))
-        merged = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]))
-        for rank, part in enumerate(parts):
-            merged[rank::len(parts)] = part
-        return merged
+        batches = [part.split(self._batch_size) for part in parts]
+        turns = zip_longest(*batches, fillvalue=parts[0][:0])
+        return torch.cat([batch for turn in turns for batch in turn])

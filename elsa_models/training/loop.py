@@ -183,7 +183,7 @@ class Trainer:
         """
         recipe, job, task = self.recipe, self.job, self.job.task
         # a step draws the same numbers wherever the run was interrupted before
-        seed_all(mix_seed(recipe.seed, self.world.rank, self.global_step))
+        seed_all(mix_seed(recipe.seed, self.world.rank, self.global_step), self.world.device)
         parts = list(parts)
         total = torch.zeros((), device=self.world.device)
         for i, batch in enumerate(parts):

@@ -131,7 +131,7 @@ from elsa_models.training import ClassificationJob, Recipe
 from elsa_models.training.world import join_world
 world = join_world('cpu')
 torch.manual_seed(0)
-recipe = Recipe(limit=21, batch_size=16 * world.size, model_args=dict(img_size=32, kernel_size=3))
+recipe = Recipe(limit=21, eval_batch_size=8, model_args=dict(img_size=32, kernel_size=3))
 job = ClassificationJob(recipe, world)
 job.model.eval()
 with torch.no_grad():
@@ -152,5 +152,4 @@ def test_two_processes_evaluate_as_one(tmp_path):
             timeout=300).stdout)
     one, two = (ast.literal_eval(text) for text in printed)
     assert one['images'] == 50
-    assert one.pop('loss') == pytest.approx(two.pop('loss'), rel=1e-9)  # other batches are rounded otherwise
-    assert one == two
+    assert one == two  # to the last digit

@@ -127,6 +127,9 @@ def test_it_learns(tmp_path, image_folder):
     dict(loss='bce', class_balance='effective_num'), dict(class_balance='inv_freq', mixup=0.2),
     dict(loss='poly', mixup_mode='elem', cutmix=1.), dict(loss='asl', scale=(0.5, 1.)),
     dict(model='resnet10t', model_args={}, crop_pct=1., mean=(0.5,) * 3, freeze=('layer1',), channels_last=True),
+    *(pytest.param(dict(compile=True, **values), marks=[pytest.mark.slow, pytest.mark.compiler]) for values in (
+        dict(ema_decay=.9),
+        dict(model='test_elsa_volo', token_labels='image', model_args=dict(img_size=32, use_mix_token=True)))),
 ])
 def test_options_train(tmp_path, values):
     result = _run(tmp_path, epochs=2, **{**dict(model_args=dict(img_size=32, kernel_size=3)), **values})
