@@ -298,6 +298,7 @@ def _simplify(graph) -> None:
         rules.fuse_batchnorm_into_conv_rule, rules.remove_optional_bias_from_conv_rule,
     ])
     Sequential(
+        passes.IdentityEliminationPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateInitializersPass(),
         passes.CommonSubexpressionEliminationPass(),
