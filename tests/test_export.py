@@ -22,14 +22,14 @@ SMALL = ['test_elsa_swin', 'test_elsa_volo']
 LARGE = [n for n in timm.list_models(['elsa_swin_*', 'elsa_volo_*'])]
 # all that any file may hold, of ONNX's own domain
 OPERATORS = {
-    'Add', 'And', 'Cast', 'Concat', 'Conv', 'Div', 'Equal', 'Expand', 'Gather', 'Gelu', 'Gemm', 'Greater',
+    'Abs', 'Add', 'And', 'Cast', 'Concat', 'Conv', 'Div', 'Equal', 'Expand', 'Gather', 'Gelu', 'Gemm', 'Greater',
     'GreaterOrEqual', 'Identity', 'LayerNormalization', 'Less', 'MatMul', 'Max', 'Min', 'Mod', 'Mul', 'Neg',
-    'Not', 'Or', 'Pad', 'Range', 'ReduceMax', 'ReduceMean', 'Relu', 'Reshape', 'Resize', 'Shape', 'Slice',
+    'Not', 'Or', 'Pad', 'Range', 'Reciprocal', 'ReduceMax', 'ReduceMean', 'ReduceSum', 'Relu', 'Reshape', 'Shape', 'Slice',
     'Softmax', 'Split', 'Sqrt', 'Squeeze', 'Sub', 'Transpose', 'Unsqueeze', 'Where',
 }
 FIXED = OPERATORS - {  # what is known in advance is not computed by the graph
-    'And', 'Div', 'Equal', 'Greater', 'GreaterOrEqual', 'Identity', 'Less', 'Max', 'Min', 'Mod', 'Neg', 'Not', 'Range',
-    'Resize', 'Sqrt', 'Sub', 'Where',
+    'Abs', 'And', 'Div', 'Equal', 'Greater', 'GreaterOrEqual', 'Identity', 'Less', 'Max', 'Min', 'Mod', 'Neg', 'Not',
+    'Range', 'Reciprocal', 'ReduceSum', 'Sqrt', 'Sub', 'Where',
 }
 
 
@@ -317,6 +317,7 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     ('test_elsa_swin', [(1, 64, 64), (3, 64, 64)]),
     ('test_elsa_volo', [(1, 64, 64), (3, 64, 64)]),
     pytest.param('test_elsa_swin', [(1, 64, 64), (2, 49, 91), (1, 97, 50)], marks=pytest.mark.slow),
+    ('test_elsa_volo', [(1, 64, 64), (2, 49, 91), (1, 97, 50), (1, 40, 130)]),
 ])
 def test_openvino(tmp_path, name, sizes):
     openvino = pytest.importorskip('openvino')
