@@ -270,6 +270,7 @@ def _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size
             optimize=False,
             verbose=False,
         )
+        _simplify(program.model)
     finally:
         shapes.setLevel(level)
         if collecting:
@@ -278,7 +279,6 @@ def _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size
         names = {height: 'height', height + 1: 'width'}
         for dim, name in names.items():
             program.model.graph.inputs[0].shape[dim] = name
-    _simplify(program.model)
     return program.model
 
 
