@@ -275,6 +275,7 @@ def test_bad_paths(tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ValueError, match='which holds no image files'):
         export_onnx(model, tmp_path / 'model.onnx', images=tmp_path / 'empty')
+    assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
 def test_no_write_permission(tmp_path, monkeypatch):
@@ -283,6 +284,7 @@ def test_no_write_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(elsa_models.export.tempfile, 'mkdtemp', refuse)
     with pytest.raises(PermissionError, match='cannot be written to .Permission denied'):
         export_onnx(_model('test_elsa_swin'), tmp_path / 'model.onnx')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_half_precision_model(tmp_path):
@@ -295,6 +297,7 @@ def test_missing_package(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"The package '{package}' is not installed.*\[onnx\]"):
         export_onnx(_model('test_elsa_swin'), tmp_path / 'model.onnx')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
