@@ -23,8 +23,8 @@ LARGE = [n for n in timm.list_models(['elsa_swin_*', 'elsa_volo_*'])]
 # all that any file may hold, of ONNX's own domain
 OPERATORS = {
     'Abs', 'Add', 'And', 'Cast', 'Concat', 'Conv', 'Div', 'Equal', 'Expand', 'Gather', 'Gelu', 'Gemm', 'Greater',
-    'GreaterOrEqual', 'Identity', 'LayerNormalization', 'Less', 'MatMul', 'Max', 'Min', 'Mod', 'Mul', 'Neg',
-    'Not', 'Or', 'Pad', 'Range', 'Reciprocal', 'ReduceMax', 'ReduceMean', 'ReduceSum', 'Relu', 'Reshape', 'Shape', 'Slice',
+    'GreaterOrEqual', 'Identity', 'LayerNormalization', 'Less', 'MatMul', 'Max', 'Min', 'Mod', 'Mul', 'Neg', 'Not',
+    'Or', 'Pad', 'Range', 'Reciprocal', 'ReduceMax', 'ReduceMean', 'ReduceSum', 'Relu', 'Reshape', 'Shape', 'Slice',
     'Softmax', 'Split', 'Sqrt', 'Squeeze', 'Sub', 'Transpose', 'Unsqueeze', 'Where',
 }
 FIXED = OPERATORS - {  # what is known in advance is not computed by the graph
