@@ -7,7 +7,7 @@ from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Format, PatchEmbed, nchw_to
+from timm.layers import Format, PatchEmbed, is_exporting, nchw_to, resample_abs_pos_embed_nhwc
 from timm.models.swin_transformer import PatchMerging
 
 from .arguments import check_images, pair
@@ -28,6 +28,33 @@ def pad_map(x: torch.Tensor, H: int, W: int) -> torch.Tensor:
     return F.pad(x, (0, 0, 0, extra_w, 0, extra_h))
 
 
+def _cubic_weights(size: int, new_size: int, device: torch.device) -> torch.Tensor:
+    # new_size, size: the weights of torch's antialiased bicubic interpolation, Keys' kernel with a = -1/2
+    step = size / torch.scalar_tensor(new_size, dtype=torch.float32, device=device)
+    centers = (torch.arange(new_size, device=device) + .5) * step
+    x = ((torch.arange(size, device=device) + .5 - centers[:, None]) / step.clamp(min=1)).abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def resample_positions(positions: torch.Tensor, H: int, W: int) -> torch.Tensor:
+    """Resize a position embedding (1, h, w, C) to (1, H, W, C) as timm does.
+
+    Exported, it is a product with the interpolation's weights on either side: of an antialiased bicubic Resize,
+    OpenVINO makes something else, and most other runtimes nothing.
+    """
+    if not torch.jit.is_scripting():
+        if is_exporting():
+            rows = _cubic_weights(positions.shape[1], H, positions.device)
+            columns = _cubic_weights(positions.shape[2], W, positions.device)
+            x = (rows @ positions[0].float().flatten(1)).unflatten(1, (positions.shape[2], positions.shape[3]))
+            return (columns @ x).to(positions.dtype).unsqueeze(0)  # columns, for each row
+    return resample_abs_pos_embed_nhwc(positions, [H, W])
+
+
+torch.fx.wrap('resample_positions')
 torch.fx.wrap('pad_map')
 torch.fx.wrap('check_images')
 

@@ -30,6 +30,7 @@ from timm.models.volo import VOLO, ClassBlock, Downsample, PatchEmbed, Transform
 
 from ..layers import ElsaBlock, check_size, pad_map
 from ..layers.arguments import check_images, pair, per_stage, whole_number
+from ..layers.patch import resample_positions
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 
 __all__ = ['ElsaVolo', 'TokenLabelOutput', 'token_label_loss']  # model_registry will add each entrypoint fn to this
@@ -54,7 +55,7 @@ torch.fx.wrap('_check_token')
 torch.fx.wrap('check_images')
 torch.fx.wrap('check_size')
 torch.fx.wrap('pad_map')
-torch.fx.wrap('resample_abs_pos_embed_nhwc')
+torch.fx.wrap('resample_positions')
 
 
 class PaddedConvStem(PatchEmbed):
@@ -535,7 +536,7 @@ class ElsaVolo(VOLO):
         pos_embed = self.pos_embed
         if pos_embed is not None:
             if self.dynamic_img_size:
-                pos_embed = resample_abs_pos_embed_nhwc(pos_embed, [x.shape[1], x.shape[2]])
+                pos_embed = resample_positions(pos_embed, x.shape[1], x.shape[2])
             x = self.pos_drop(x + pos_embed)
         return x
 

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from helpers import assert_near
 from timm.models.swin_transformer import PatchMerging
 
-from elsa_models.layers import PaddedPatchEmbed, PaddedPatchMerging
+from elsa_models.layers import PaddedPatchEmbed, PaddedPatchMerging, patch
+from elsa_models.layers.patch import resample_positions
 
 
 def _embed(img_size, patch_size=4, **kwargs):
@@ -78,3 +79,11 @@ def test_script(part):
         shape = (2, 3, height, width) if part == 'embed' else (2, height, width, 3)
         x = torch.randn(shape, dtype=torch.float64)
         assert_near(scripted(x), module(x), 1e-12)
+
+
+@pytest.mark.parametrize('size', [(14, 14), (5, 12), (28, 31), (13, 3), (1, 40)])
+def test_positions_are_resampled_alike_in_exports(monkeypatch, size):
+    positions = torch.randn(1, 14, 9, 8)
+    expected = resample_positions(positions, *size)
+    monkeypatch.setattr(patch, 'is_exporting', lambda: True)
+    assert_near(resample_positions(positions, *size), expected, 1e-5)
