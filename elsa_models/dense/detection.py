@@ -12,6 +12,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import LevelMapper
 
 from .cascade import CascadeRoIHeads
 from .features import DenseBackbone
@@ -21,7 +22,8 @@ _GIVEN = {  # arguments of torchvision's classes that follow from others
     'self', 'kwargs', 'backbone', 'num_classes', 'min_size', 'max_size', 'image_mean', 'image_std', 'anchor_generator',
     'rpn_anchor_generator', 'head', 'rpn_head', 'box_roi_pool', 'box_head', 'box_predictor', 'mask_roi_pool',
     'mask_head', 'mask_predictor', 'proposal_matcher'}
-_IOUS, _BOX_WEIGHTS = (0.5, 0.6, 0.7), ((10., 10., 5., 5.), (20., 20., 10., 10.), (30., 30., 15., 15.))  # of a cascade
+_IOUS = (0.5, 0.6, 0.7)  # of a cascade, and what its heads divide offsets by
+_BOX_STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 
 
 class FpnBackbone(nn.Module):
@@ -50,6 +52,31 @@ class FpnBackbone(nn.Module):
         """Map images (B, 3, H, W) to five maps (B, out_channels, h, w) by name."""
         maps = self.body(x)[self.first:]
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
+
+
+class AlignedRoIAlign(MultiScaleRoIAlign):
+    """RoIAlign as in mmdetection and Detectron2: boxes in the coordinates of the cells' centres, and as many samples as
+    a box has cells. torchvision's is half a cell off. Boxes narrower than a cell are taken as one cell wide.
+    """
+
+    def __init__(self, size: int) -> None:
+        """
+        Args:
+            size: Height and width of what is cut out.
+        """
+        super().__init__(['0', '1', '2', '3'], size, sampling_ratio=0)
+        self._levels = LevelMapper(2, 5)  # of strides 4 to 32
+
+    def forward(
+            self,
+            x: Dict[str, torch.Tensor],
+            boxes: List[torch.Tensor],
+            image_shapes: List[Tuple[int, int]],
+    ) -> torch.Tensor:
+        """Cut boxes (N, 4) of each image out of the maps of strides 4 to 32, to (all boxes, C, size, size)."""
+        half = 2. * 2. ** self._levels(boxes)  # of a cell, in pixels
+        moved = [b - h[:, None] for b, h in zip(boxes, half.split([len(b) for b in boxes]))]
+        return super().forward(x, moved, image_shapes)
 
 
 class _Backboned:
@@ -134,8 +161,10 @@ def create_detector(
     model = ElsaMaskRCNN(
         FpnBackbone(backbone, fpn_channels),
         rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in anchor_sizes), ratios),
+        box_roi_pool=AlignedRoIAlign(7),
         box_head=TwoMLPHead(fpn_channels * 49, head_channels),
         box_predictor=FastRCNNPredictor(head_channels, outputs),
+        mask_roi_pool=AlignedRoIAlign(14),
         mask_head=MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1),
         mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, outputs),
         **args)
@@ -147,20 +176,20 @@ def create_detector(
 def _cascade(single: RoIHeads, fpn_channels: int, head_channels: int, outputs: int) -> CascadeRoIHeads:
     """Three heads with the settings of a single one; four convolutions and a linear layer each."""
     stages = []
-    for iou, weights in zip(_IOUS, _BOX_WEIGHTS):
+    for iou, stds in zip(_IOUS, _BOX_STDS):
         stages.append(RoIHeads(
-            MultiScaleRoIAlign(['0', '1', '2', '3'], 7, 2),
+            AlignedRoIAlign(7),
             FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 4, [head_channels], nn.BatchNorm2d),
             FastRCNNPredictor(head_channels, outputs),
             iou,
             iou,
             single.fg_bg_sampler.batch_size_per_image,
             single.fg_bg_sampler.positive_fraction,
-            weights,
+            tuple(1. / s for s in stds),
             single.score_thresh,
             single.nms_thresh,
             single.detections_per_img,
-            mask_roi_pool=MultiScaleRoIAlign(['0', '1', '2', '3'], 14, 2),
+            mask_roi_pool=AlignedRoIAlign(14),
             mask_head=MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, 1),
             mask_predictor=MaskRCNNPredictor(fpn_channels, fpn_channels, outputs),
         ))

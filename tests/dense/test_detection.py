@@ -2,11 +2,12 @@
 import pytest
 import torch
 from helpers import assert_near
+from torchvision.ops import roi_align
 
 import elsa_models  # noqa: F401
 from elsa_models.dense import DenseBackbone
 from elsa_models.dense.cascade import CascadeRoIHeads
-from elsa_models.dense.detection import DETECTORS, check_targets, create_detector, losses_of
+from elsa_models.dense.detection import DETECTORS, AlignedRoIAlign, check_targets, create_detector, losses_of
 
 SMALL = dict(box_batch_size_per_image=16, rpn_post_nms_top_n_train=50, rpn_post_nms_top_n_test=30)
 
@@ -40,6 +41,22 @@ def test_any_sizes_at_once(detector, name):
         assert ('masks' in f) == (detector != 'retinanet')
         if 'masks' in f:
             assert f['masks'].shape == (len(f['boxes']), 1, H, W) and len(f['boxes'])
+
+
+def test_boxes_are_cut_out_where_they_are():
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(256, 320), (200, 256)]
+    maps = {str(i): torch.randn(2, 3, 256 // s, 320 // s, generator=generator) for i, s in enumerate((4, 8, 16, 32))}
+    corners = 150 * torch.rand(2, 40, 2, generator=generator)
+    sides = 32 * 2 ** (3 * torch.rand(2, 40, 1, generator=generator)) * torch.tensor([1., 1.1])
+    boxes = list(torch.cat([corners, corners + sides], -1))
+    found = AlignedRoIAlign(7)(maps, boxes, sizes)
+    levels = (4 + (sides.prod(-1).sqrt() / 224).log2()).floor().clamp(2, 5).int().flatten() - 2
+    assert len(set(levels.tolist())) == 3
+    for level in set(levels.tolist()):
+        stride = 4 * 2 ** level
+        expected = roi_align(maps[str(level)], boxes, 7, 1 / stride, sampling_ratio=-1, aligned=True)
+        assert_near(found[levels == level], expected[levels == level], 1e-4)
 
 
 @pytest.mark.parametrize('detector', DETECTORS)
@@ -112,7 +129,8 @@ def test_heads_of_a_cascade_ask_for_more_and_start_where_the_last_ended(monkeypa
     model = _detector('cascade_mask_rcnn').train()
     stages = model.roi_heads.stages
     assert [s.proposal_matcher.high_threshold for s in stages] == [.5, .6, .7]
-    assert [s.box_coder.weights for s in stages] == [(10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)]
+    for stage, (centre, side) in zip(stages, ((.1, .2), (.05, .1), (.033, .067))):
+        assert [1 / w for w in stage.box_coder.weights] == pytest.approx([centre, centre, side, side])
     given = []
     for stage in stages:
         original = stage.select_training_samples
