@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from segmentation_models_pytorch.encoders import encoders
 
+from ..layers.patch import sizes_are_open
 from .draw import IGNORE
 from .features import DenseBackbone
 
@@ -64,6 +65,26 @@ def _register_volo() -> None:
 _register_volo()
 
 
+class _AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
+    """Average pooling to a fixed size, which can be exported for maps of any size: PyTorch's graph of it holds for the
+    size only that it was made with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, C, H, W) to (B, C, *output_size)."""
+        if not sizes_are_open():
+            return super().forward(x)
+        height, width = self.output_size if isinstance(self.output_size, tuple) else (self.output_size,) * 2
+        return _bins(x.shape[-2], height, x) @ x @ _bins(x.shape[-1], width, x).mT
+
+
+def _bins(size: int, number: int, like: torch.Tensor) -> torch.Tensor:
+    """A matrix (number, size) that averages each of so many bins, which overlap where they do not divide the size."""
+    places, bins = torch.arange(size, device=like.device), torch.arange(number, device=like.device)[:, None]
+    inside = (places >= bins * size // number) & (places < ((bins + 1) * size + number - 1) // number)
+    inside = inside.to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
 class Segmenter(nn.Module):
     """A decoder on a backbone, with an auxiliary head on the map of stride 16 (FCN of
     `Fully Convolutional Networks for Semantic Segmentation` - https://arxiv.org/abs/1411.4038).
@@ -108,6 +129,10 @@ class Segmenter(nn.Module):
         for key in decoder_args or {}:
             if key not in known:
                 raise ValueError(f'decoder_args: got {key!r}, must be one of {", ".join(sorted(known))}.')
+        for parent in list(self.net.modules()):
+            for key, child in parent.named_children():
+                if isinstance(child, nn.AdaptiveAvgPool2d):
+                    setattr(parent, key, _AdaptiveAvgPool(child.output_size))
         if hasattr(self.net.decoder, 'feature_norms') and isinstance(backbone.norm0, nn.LayerNorm):
             norms = self.net.decoder.feature_norms
             self.net.decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in norms)

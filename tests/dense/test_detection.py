@@ -28,8 +28,49 @@ def _target(H=48, W=60, number=2):
     return dict(boxes=boxes[:number], labels=torch.tensor([1, 3])[:number], masks=masks[:number])
 
 
+NAMES = ['test_elsa_swin', 'test_elsa_volo']
+LARGE = [pytest.param(size, marks=pytest.mark.slow, id=str(size)) for size in ((800, 1333), (1333, 800))]
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('size', [(33, 47), (61, 130), (128, 160), *LARGE], ids=str)
+def test_any_size_passes_through_backbone_pyramid_and_heads(name, size):
+    for detector in DETECTORS:
+        model = _detector(detector, name, min_size=min(size), max_size=max(size))  # as it is
+        with torch.no_grad():
+            maps = model.backbone(torch.rand(2, 3, *size))
+            found, = model([torch.rand(3, *size)])
+        sides = [[-(-s // stride) for s in size] for stride in (4, 8, 16, 32, 64, 128)]
+        first = 1 if detector == 'retinanet' else 0
+        assert [list(m.shape) for m in maps.values()] == [[2, 16, *s] for s in sides[first:first + 5]]
+        assert all(m.isfinite().all() for m in maps.values()) and found['boxes'].isfinite().all()
+        assert (found['boxes'] >= 0).all() and (found['boxes'] <= torch.tensor(size[::-1] * 2)).all()
+        if detector != 'retinanet':
+            assert found['masks'].shape == (len(found['boxes']), 1, *size) and len(found['boxes'])
+        losses = losses_of(model.train(), [torch.rand(3, *size)], [_target(*size, number=1)])
+        assert losses['loss'].isfinite()
+
+
+@pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('detector', DETECTORS)
-@pytest.mark.parametrize('name', ['test_elsa_swin', 'test_elsa_volo'])
+def test_images_of_one_size_do_not_depend_on_their_batch(detector, name):
+    torch.manual_seed(0)
+    # rounding must not decide which box is suppressed
+    model = _detector(detector, name).double()
+    images = [torch.rand(3, 48, 61, dtype=torch.float64) for _ in range(3)]
+    with torch.no_grad():
+        together = model(images)
+        for image, found in zip(images, together):
+            alone, = model([image])
+            assert alone.keys() == found.keys() and torch.equal(alone['labels'], found['labels'])
+            assert detector == 'retinanet' or len(found['boxes'])
+            for k in ('boxes', 'scores', 'masks'):
+                if k in found:
+                    assert_near(alone[k], found[k], 1e-9)
+
+
+@pytest.mark.parametrize('detector', DETECTORS)
+@pytest.mark.parametrize('name', NAMES)
 def test_any_sizes_at_once(detector, name):
     images = [torch.rand(3, 33, 47), torch.rand(3, 100, 30)]
     with torch.no_grad():

@@ -27,8 +27,11 @@ def _segmenter(name='test_elsa_swin', decoder='upernet', **kwargs):
         DenseBackbone(name, model_args=args), 4, decoder, decoder_args, **{'aux_channels': 8, **kwargs}).eval()
 
 
+LARGE = [pytest.param(size, marks=pytest.mark.slow, id=str(size)) for size in ((800, 1333), (1333, 800))]
+
+
 @pytest.mark.parametrize('name', ['test_elsa_swin', 'test_elsa_volo'])
-@pytest.mark.parametrize('size', [(33, 47), (64, 96)], ids=str)
+@pytest.mark.parametrize('size', [(33, 47), (64, 96), (130, 61), *LARGE], ids=str)
 def test_any_size(name, size):
     model = _segmenter(name)
     x = torch.randn(2, 3, *size)
@@ -169,16 +172,18 @@ def test_scores_by_hand():
     assert metrics['pixel_acc'] == pytest.approx(60)
 
 
-def test_exports_to_onnx_with_open_sizes(tmp_path):
+@pytest.mark.parametrize('name', ['test_elsa_swin', pytest.param('test_elsa_volo', marks=pytest.mark.slow)])
+def test_exports_to_onnx_with_open_sizes(tmp_path, name):
     onnxruntime = pytest.importorskip('onnxruntime')
-    model = _segmenter(decoder='fpn')
+    model = _segmenter(name)
     # symbolic sizes that are multiples of 32 keep the graph free of branches on them
     dim = torch.export.Dim
-    sizes = {2: 32 * dim('h', min=2, max=40), 3: 32 * dim('w', min=2, max=40)}
+    sizes = {0: dim('batch', min=1, max=8), 2: 32 * dim('h', min=1, max=40), 3: 32 * dim('w', min=1, max=40)}
     torch.onnx.export(
-        model, (torch.randn(1, 3, 96, 128),), tmp_path / 'model.onnx', input_names=['image'], dynamic_shapes=(sizes,),
+        model, (torch.randn(2, 3, 96, 128),), tmp_path / 'model.onnx', input_names=['image'], dynamic_shapes=(sizes,),
         dynamo=True, external_data=False, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
-    x = torch.randn(1, 3, 160, 64)
-    with torch.no_grad():
-        assert_near(torch.from_numpy(session.run(None, {'image': x.numpy()})[0]), model(x), 1e-4)
+    for size in ((1, 3, 160, 64), (2, 3, 96, 128), (1, 3, 32, 32), (3, 3, 64, 224), (1, 3, 256, 192)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            assert_near(torch.from_numpy(session.run(None, {'image': x.numpy()})[0]), model(x), 1e-4)

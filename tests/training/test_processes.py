@@ -12,16 +12,33 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    '--epochs', '2', '--limit', '24', '--model-args', 'img_size=32', 'kernel_size=3', 'drop_path_rate=0.1',
-    '--batch-size', '16', '--no-onnx', '--no-figures', '--device', 'cpu']
+DENSE = [
+    '--epochs', '2', '--train-images', '12', '--val-images', '5', '--size', '48', '--batch-size', '4', '--model-args',
+    'img_size=48', 'window_size=3', 'drop_path_rate=0.1', '--short-sides', '48', '56', '--device', 'cpu']
+JOBS = {  # script, recipe, small values, steps of an epoch
+    'classification': ('train.py', 'digits.yaml', [
+        '--epochs', '2', '--limit', '24', '--model-args', 'img_size=32', 'kernel_size=3', 'drop_path_rate=0.1',
+        '--batch-size', '16', '--no-onnx', '--no-figures', '--device', 'cpu'], 11),
+    'detection': ('train_detection.py', 'detection/shapes.yaml', [
+        *DENSE, '--fpn-channels', '16', '--head-channels', '32', '--anchor-sizes', '8', '16', '24', '32', '48',
+        '--eval-short-side', '48', '--max-side', '100'], 3),
+    'segmentation': ('train_segmentation.py', 'segmentation/shapes.yaml', [
+        *DENSE, '--decoder-args', 'decoder_channels=16', '--aux-channels', '8', '--crop-size', '64'], 3),
+}
 
 
-def _command(folder, *arguments, processes=1):
+def _command(folder, *arguments, processes=1, job='classification'):
     launcher = [] if processes == 1 else [
         '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    script = [str(ROOT / 'scripts' / 'train.py'), '--config', str(ROOT / 'configs' / 'digits.yaml')]
-    return [sys.executable, *launcher, *script, *SMALL, '--output', str(folder), *arguments]
+    script, recipe, small, _ = JOBS[job]
+    command = [str(ROOT / 'scripts' / script), '--config', str(ROOT / 'configs' / recipe)]
+    return [sys.executable, *launcher, *command, *small, '--output', str(folder), *arguments]
+
+
+def _need(job):
+    packages = {'detection': 'pycocotools', 'segmentation': 'segmentation_models_pytorch'}
+    if job in packages:
+        pytest.importorskip(packages[job])
 
 
 def _start(*args, **kwargs):
@@ -38,9 +55,10 @@ def _train(*args, **kwargs):
 
 def _result(folder):
     """Weights and log of a run; of the log what does not depend on time."""
-    checkpoint = torch.load(sorted((folder / 'digits' / 'checkpoints').glob('step-*.pt'))[-1], weights_only=True)
+    run, = folder.iterdir()
+    checkpoint = torch.load(sorted((run / 'checkpoints').glob('step-*.pt'))[-1], weights_only=True)
     log = [{k: v for k, v in row.items() if k != 'images_per_second'} for row in checkpoint['history']]
-    return load_file(folder / 'digits' / 'model' / 'model.safetensors'), checkpoint, log
+    return load_file(run / 'model' / 'model.safetensors'), checkpoint, log
 
 
 def _assert_same_bits(folder, other):
@@ -50,17 +68,17 @@ def _assert_same_bits(folder, other):
         assert all(torch.equal(x, checkpoint2[part][k]) for k, x in checkpoint[part].items())
 
 
-def _kill_and_continue(tmp_path, kills, epochs):
+def _kill_and_continue(tmp_path, kills, epochs, *values, job='classification'):
     """Kill a run at random moments; each kill lets it begin at least one step after the checkpoint it found."""
-    arguments = [
-        '--epochs', str(epochs), '--checkpoint-steps', '1', '--ema-decay', '0.9', '--mixup', '0.2', '--re-prob', '0.3']
-    _train(tmp_path / 'whole', *arguments)
-    steps = epochs * 11
+    arguments = ['--epochs', str(epochs), '--checkpoint-steps', '1', '--ema-decay', '0.9', *values]
+    _train(tmp_path / 'whole', *arguments, job=job)
+    name, = (p.name for p in (tmp_path / 'whole').iterdir())
+    steps = epochs * JOBS[job][3]
     generator = random.Random(0)
-    folder = tmp_path / 'killed' / 'digits-running' / 'checkpoints'
+    folder = tmp_path / 'killed' / f'{name}-running' / 'checkpoints'
     # at ten random steps, and there at any moment within a step
     for target in sorted(generator.sample(range(1, steps), kills)):
-        process = _start(tmp_path / 'killed', *arguments)
+        process = _start(tmp_path / 'killed', *arguments, job=job)
         while not (folder / f'step-{target:010d}.pt').exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.001)
@@ -68,18 +86,29 @@ def _kill_and_continue(tmp_path, kills, epochs):
         process.kill()
         process.wait()
         assert (folder / f'step-{target:010d}.pt').exists() or folder.exists()
-    _train(tmp_path / 'killed', *arguments)
-    assert sorted(p.name for p in (tmp_path / 'killed').iterdir()) == ['digits']
+    _train(tmp_path / 'killed', *arguments, job=job)
+    assert sorted(p.name for p in (tmp_path / 'killed').iterdir()) == [name]
     _assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
 
 
+BLENDED = '--mixup', '0.2', '--re-prob', '0.3'
+
+
 def test_killed_twice_the_weights_are_the_same_bits(tmp_path):
-    _kill_and_continue(tmp_path, kills=2, epochs=1)
+    _kill_and_continue(tmp_path, 2, 1, *BLENDED)
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_the_weights_are_the_same_bits(tmp_path):
-    _kill_and_continue(tmp_path, kills=10, epochs=6)
+    _kill_and_continue(tmp_path, 10, 6, *BLENDED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('values', [['--workers', '1'], ['--amp', 'bfloat16', '--accumulate', '2']], ids=' '.join)
+@pytest.mark.parametrize('job', ['detection', 'segmentation'])
+def test_dense_jobs_that_are_killed_twice_end_with_the_same_bits(tmp_path, job, values):
+    _need(job)
+    _kill_and_continue(tmp_path, 2, 2, *values, job=job)
 
 
 @pytest.mark.parametrize('arguments', [
@@ -99,6 +128,24 @@ def test_two_processes_follow_one(tmp_path, arguments):
         assert row == pytest.approx(row2, rel=1e-4)
         assert (row['val_top1'], row['val_top5'], row['val_images']) == (
             row2['val_top1'], row2['val_top5'], row2['val_images'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('job', ['detection', 'segmentation'])
+def test_dense_jobs_in_two_processes_go_on(tmp_path, job):
+    _need(job)
+    arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '2', '--epochs', '2', '--clip-grad', '1.']
+    _train(tmp_path / 'whole', *arguments, processes=2, job=job)
+    process = _start(tmp_path / 'killed', *arguments, processes=2, job=job)
+    checkpoint = tmp_path / 'killed' / 'shapes-running' / 'checkpoints' / 'step-0000000002.pt'
+    while not checkpoint.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert not (tmp_path / 'killed' / 'shapes').exists()
+    _train(tmp_path / 'killed', *arguments, processes=2, job=job)
+    _assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
 
 
 VOLO = ['--model', 'test_elsa_volo', '--token-labels', 'image', '--config', str(ROOT / 'configs' / 'digits_volo.yaml')]
@@ -127,29 +174,52 @@ def test_two_processes_go_on(tmp_path, arguments):
 
 EVALUATE = '''
 import sys, torch, timm, elsa_models
-from elsa_models.training import ClassificationJob, Recipe
 from elsa_models.training.world import join_world
+job = sys.argv[1]
 world = join_world('cpu')
 torch.manual_seed(0)
-recipe = Recipe(limit=21, eval_batch_size=8, model_args=dict(img_size=32, kernel_size=3))
-job = ClassificationJob(recipe, world)
-job.model.eval()
+dense = dict(size=48, train_images=8, val_images=5, batch_size=4, model_args=dict(img_size=48, window_size=3))
+if job == 'classification':
+    from elsa_models.training import ClassificationJob as Job, Recipe
+    recipe = Recipe(limit=21, eval_batch_size=8, model_args=dict(img_size=32, kernel_size=3))
+elif job == 'detection':
+    from elsa_models.training.detection import DetectionJob as Job, DetectionRecipe
+    recipe = DetectionRecipe(
+        **dense, fpn_channels=16, head_channels=32, anchor_sizes=(8, 16, 24, 32, 48), eval_short_side=48)
+else:
+    from elsa_models.training.segmentation import SegmentationJob as Job, SegmentationRecipe
+    recipe = SegmentationRecipe(**dense, decoder_args=dict(decoder_channels=16), aux_channels=8, eval_flip=True)
+job = Job(recipe, world)
+model = job.model.eval()
+if recipe.__class__.__name__ == 'DetectionRecipe':  # untrained, it finds nothing
+    known = [job.val_images[i] for i in range(5)]
+    def model(images):
+        i, truth = next((i, t) for i, (x, t) in enumerate(known) if torch.equal(x.float() / 255., images[0]))
+        n = len(truth['labels'])
+        return [dict(boxes=truth['boxes'] + 2., labels=truth['labels'], scores=torch.linspace(.9 - i / 10, .5, n),
+                     masks=truth['masks'][:, None].float().roll(i, -1))]
 with torch.no_grad():
-    metrics = job.evaluate(job.model)
+    metrics = job.evaluate(model)
 if world.is_main:
     print(metrics)
 '''
 
 
-def test_two_processes_evaluate_as_one(tmp_path):
+@pytest.mark.parametrize('job', [
+    'classification', *(pytest.param(name, marks=pytest.mark.slow) for name in ('detection', 'segmentation'))])
+def test_two_processes_evaluate_as_one(tmp_path, job):
+    _need(job)
     script = tmp_path / 'evaluate.py'
     script.write_text(EVALUATE)
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     printed = []
     for launcher in ([], ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']):
         printed.append(subprocess.run(
-            [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, check=True,
+            [sys.executable, *launcher, str(script), job], env=environment, capture_output=True, text=True, check=True,
             timeout=300).stdout)
     one, two = (ast.literal_eval(text) for text in printed)
-    assert one['images'] == 50
+    if job == 'classification':
+        assert one['images'] == 50
+    if job == 'detection':
+        assert 0. < one['box_ap'] < 100. and 0. < one['mask_ap'] < 100.
     assert one == two  # to the last digit
