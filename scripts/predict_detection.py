@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Find objects in images: files, folders or patterns.
 
-    python scripts/predict_detection.py shots/ --model output/shapes/model --output result
+    python scripts/predict_detection.py shots/ --model output/shapes_detection/model --output result
 
 Writes for each image NAME.png with boxes, names, scores and masks drawn on it, and objects.json with all of them: for
 each file, boxes as left, top, width, height in pixels, and masks in COCO's run-length code.

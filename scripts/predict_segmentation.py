@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Find what each pixel of an image belongs to: files, folders or patterns.
 
-    python scripts/predict_segmentation.py shots/ --model output/shapes/model --output result
+    python scripts/predict_segmentation.py shots/ --model output/shapes_segmentation/model --output result
 
 Writes for each image NAME.png, its label map, and NAME_overlay.png, the colours of the classes laid over the image.
 """

@@ -2,7 +2,7 @@
 """Train a detector: on drawn shapes, or images with annotations in COCO's format.
 
     python scripts/train_detection.py --config configs/detection/shapes.yaml
-    python scripts/train_detection.py --config configs/detection/shapes.yaml --data FOLDER
+    python scripts/train_detection.py --config configs/detection/shapes.yaml --data FOLDER --name NAME
     torchrun --nproc-per-node 8 scripts/train_detection.py --config configs/detection/mask_rcnn_elsa_swin_tiny_1x.yaml
 
 Stopped at any moment, the same command goes on from the last checkpoint. docs/dense.md says what FOLDER holds. Every

@@ -2,7 +2,7 @@
 """Train a segmenter: on drawn shapes, a folder of images and label maps, or ADE20K.
 
     python scripts/train_segmentation.py --config configs/segmentation/shapes.yaml
-    python scripts/train_segmentation.py --config configs/segmentation/shapes.yaml --data FOLDER
+    python scripts/train_segmentation.py --config configs/segmentation/shapes.yaml --data FOLDER --name NAME
     torchrun --nproc-per-node 8 scripts/train_segmentation.py --config configs/segmentation/ade20k_elsa_swin_tiny.yaml
 
 Stopped at any moment, the same command goes on from the last checkpoint. docs/dense.md says what FOLDER holds. Every

@@ -280,7 +280,8 @@ def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) 
             options.update(choices=field.metadata['choices'])
         else:
             options.update(metavar={str: 'TEXT', int: 'N', float: 'X'}[kind])
-        if kind in (int, float) or kind is not hint and kind is not str:
+        numbers = get_origin(kind) is tuple and get_args(kind)[0] is not str
+        if kind in (int, float) or numbers or kind is not hint and kind is not str:
             options.update(type=_read)  # typed as in a file, so that null means none there as here
         parser.add_argument('--' + field.name.replace('_', '-'), **options)
 

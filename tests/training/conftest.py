@@ -4,7 +4,10 @@ import os
 import tarfile
 
 import pytest
+import torch
 from PIL import Image
+
+from elsa_models.training import Trainer, World
 
 
 @pytest.fixture
@@ -46,3 +49,19 @@ def shards(image_folder, tmp_path):
 @pytest.fixture(autouse=True)
 def no_downloads(monkeypatch):
     monkeypatch.setitem(os.environ, 'HF_HUB_OFFLINE', '1')
+
+
+@pytest.fixture
+def first_step(tmp_path):
+    """Takes the first step of a recipe and requires that the loss is finite and the parameters have gradients."""
+    def step(recipe, kind):
+        world = World(torch.device('cpu'))
+        trainer = Trainer(recipe, kind(recipe, world), world, tmp_path / 'run')
+        trainer._start_phase()
+        trainer._train_mode()
+        loss = trainer.train_step(next(trainer.job.train_loader.epoch(0)))
+        assert loss.isfinite() and loss > 0.
+        states = [trainer.optimizer.state[p] for p in trainer.job.model.parameters()]
+        assert all(states) and sum(bool(s['exp_avg'].abs().sum() > 0) for s in states) > .8 * len(states)  # drop path
+        return trainer
+    return step

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import importlib
 
 import pytest
 import yaml
@@ -12,9 +13,9 @@ def _write(path, text):
     return path
 
 
-def _parse(*argv):
+def _parse(*argv, kind=Recipe):
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_arguments(parser)
+    add_arguments(parser, kind)
     return vars(parser.parse_args(argv))
 
 
@@ -80,20 +81,32 @@ def test_missing_file_is_named(tmp_path):
         load_recipe(tmp_path / 'absent.yaml')
 
 
-def test_every_value_has_an_option():
+def _kind(job):
+    if job == 'classification':
+        return Recipe
+    pytest.importorskip({'detection': 'pycocotools', 'segmentation': 'segmentation_models_pytorch'}[job])
+    module = importlib.import_module(f'elsa_models.training.{job}')
+    return getattr(module, f'{job.title()}Recipe')
+
+
+@pytest.mark.parametrize('job', ['classification', 'detection', 'segmentation'])
+def test_every_value_has_an_option(job):
+    kind = _kind(job)
     written = {
         'str': ['x'], 'int': ['2'], 'float': ['0.5'], 'bool': [], 'Optional[str]': ['x'], 'Optional[float]': ['0.5'],
         'Dict[str, Any]': ['a=1', 'b=[2, 3]'], 'Tuple[float, float]': ['0.5', '1'],
-        'Optional[Tuple[float, ...]]': ['1'], 'Tuple[str, ...]': ['a', 'b.*'], 'Optional[int]': ['2'],
+        'Optional[Tuple[float, ...]]': ['1'],
+        'Tuple[str, ...]': ['a', 'b.*'], 'Optional[int]': ['2'], 'Tuple[float, ...]': ['1', '0.5'],
+        'Tuple[int, ...]': ['96', '112'], 'Tuple[int, int]': ['96', '112'],
     }
-    for field in dataclasses.fields(Recipe):
+    for field in dataclasses.fields(kind):
         name = getattr(field.type, '__name__', '') if isinstance(field.type, type) else str(field.type)
         words = written[name.replace('typing.', '')]
         if field.metadata['choices']:
             words = [field.metadata['choices'][-1]]
-        overrides = _parse('--' + field.name.replace('_', '-'), *words)
+        overrides = _parse('--' + field.name.replace('_', '-'), *words, kind=kind)
         assert list(overrides) == [field.name]
-        load_recipe(overrides=overrides)
+        load_recipe(overrides=overrides, kind=kind)
 
 
 def test_options_override_the_file(tmp_path):

@@ -107,7 +107,8 @@ def test_crowds_and_what_is_outside_are_left_out(coco):
 
 @pytest.mark.parametrize('change, message', [
     (lambda c: c['annotations'][0].update(category_id=4), 'unlisted category 4'),
-    (lambda c: c['annotations'][0]['segmentation'].update(size=[48, 47]), 'mask'),
+    (lambda c: c['annotations'][0]['segmentation'].update(size=[48, 47]), 'a mask that cannot be read'),
+    (lambda c: c['annotations'][0].update(segmentation=dict(size=[48, 47], counts=[9, 48 * 47 - 9])), 'mask of 47 x 48'),
     (lambda c: c['images'][0].update(width=50), 'is of 48 x 48 pixels, its annotations of 50 x 48'),
     (lambda c: c['images'][0].update(file_name='gone.png'), 'gone.png'),
 ])
@@ -249,3 +250,17 @@ def test_recipes_build(file):
         assert abs(millions - published) <= .5
     else:
         assert millions < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('file', [f for f in RECIPES if 'shapes' not in f.stem], ids=lambda f: f.stem)
+def test_first_step_of_the_authors_recipes(coco, first_step, file):
+    def rename(content):
+        content['categories'] += [dict(id=100 + i, name=str(i)) for i in range(77)]
+    for split in ('train2017', 'val2017'):
+        _change(coco, rename, split)
+    small = dict(
+        data=str(coco), pretrained=False, batch_size=2, workers=0, short_sides=(96, 128), max_side=160,
+        crop_short_sides=(96, 112), crop_range=(64, 96), eval_short_side=96)
+    trainer = first_step(load_recipe(file, small, DetectionRecipe), DetectionJob)
+    assert len(trainer.job.class_names) == 80

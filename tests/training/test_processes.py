@@ -137,13 +137,13 @@ def test_dense_jobs_in_two_processes_go_on(tmp_path, job):
     arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '2', '--epochs', '2', '--clip-grad', '1.']
     _train(tmp_path / 'whole', *arguments, processes=2, job=job)
     process = _start(tmp_path / 'killed', *arguments, processes=2, job=job)
-    checkpoint = tmp_path / 'killed' / 'shapes-running' / 'checkpoints' / 'step-0000000002.pt'
+    checkpoint = tmp_path / 'killed' / f'shapes_{job}-running' / 'checkpoints' / 'step-0000000002.pt'
     while not checkpoint.exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.001)
     process.terminate()
     process.communicate(timeout=60)
-    assert not (tmp_path / 'killed' / 'shapes').exists()
+    assert not (tmp_path / 'killed' / f'shapes_{job}').exists()
     _train(tmp_path / 'killed', *arguments, processes=2, job=job)
     _assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
 

@@ -213,3 +213,16 @@ def test_recipes_build(file):
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     published = {'ade20k_elsa_swin_tiny': 61, 'ade20k_elsa_swin_small': 85}.get(file.stem)
     assert abs(millions - published) <= .5 if published else millions < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('folder', ['ade20k'], indirect=True)
+@pytest.mark.parametrize('size', ['tiny', 'small'])
+def test_first_step_of_the_authors_recipes(folder, first_step, size):
+    (folder / 'classes.txt').unlink()
+    small = dict(
+        data=str(folder), pretrained=False, batch_size=2, workers=0, crop_size=96, short_sides=(64, 128),
+        eval_short_side=96)
+    file = ROOT / 'configs' / 'segmentation' / f'ade20k_elsa_swin_{size}.yaml'
+    trainer = first_step(load_recipe(file, small, SegmentationRecipe), SegmentationJob)
+    assert len(trainer.job.splits.class_names) == 150
