@@ -65,9 +65,7 @@ class CascadeRoIHeads(nn.Module):
             boxes = stage.box_coder.decode(deltas, proposals)  # boxes, classes, 4
             positive = (flat > 0).nonzero().flatten()
             found = boxes[positive, flat[positive]]
-            wanted = torch.cat([
-                t['boxes'][m[k > 0]] if len(t['boxes']) else t['boxes']
-                for t, m, k in zip(targets, matched, labels)]).to(found)
+            wanted = torch.cat([t['boxes'][m[k > 0]] for t, m, k in zip(targets, matched, labels)]).to(found)
             distance = generalized_box_iou_loss(found, wanted, reduction='sum')
             losses[f'loss_box_reg{i}'] = weight * 10. * distance / max(1, len(flat))
 

@@ -100,7 +100,8 @@ def test_crowds_and_what_is_outside_are_left_out(coco):
     _change(coco, change)
     train, _ = load_objects(_recipe(data=str(coco)))
     assert train.read(0).boxes.tolist() == [[0, 40, 15, 48]]
-    assert len(train.read(1).boxes) == 0 and train[1][1]['masks'].shape == (0, 48, 48)
+    empty = train[1][1]
+    assert empty['boxes'].shape == (0, 4) and empty['labels'].shape == (0,) and empty['masks'].shape == (0, 48, 48)
     train.skip_empty()
     assert train.image_ids == [10]
 
@@ -214,6 +215,16 @@ def test_a_run_on_a_folder_skips_what_cannot_be_read(coco, tmp_path):
 def test_bad_recipes_are_named(values, message):
     with pytest.raises(RecipeError, match=message):
         DetectionJob(_recipe(**values), World(torch.device('cpu')))
+
+
+def test_targets_are_checked_on_their_way_to_the_model():
+    job = DetectionJob(_recipe(), World(torch.device('cpu')))
+    images, targets = next(job.train_loader.epoch(0))[0]
+    i = next(i for i, t in enumerate(targets) if len(t['labels']))
+    assert job.prepare((images, targets), 0)[0][0].max() <= 1.
+    targets[i]['labels'][0] = 4
+    with pytest.raises(ValueError, match=f'labels of image {i}: got class 4'):
+        job.prepare((images, targets), 0)
 
 
 def test_scripts(tmp_path, coco):
