@@ -10,6 +10,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
@@ -155,9 +156,11 @@ def create_detector(
     ratios = ((0.5, 1., 2.),) * 5
     if detector == 'retinanet':
         scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
-        return ElsaRetinaNet(
+        model = ElsaRetinaNet(
             FpnBackbone(backbone, fpn_channels, first=1), outputs, anchor_generator=AnchorGenerator(scales, ratios),
             **args)
+        model.head.register_forward_hook(_widen)
+        return model
     model = ElsaMaskRCNN(
         FpnBackbone(backbone, fpn_channels),
         rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in anchor_sizes), ratios),
@@ -170,7 +173,20 @@ def create_detector(
         **args)
     if detector == 'cascade_mask_rcnn':
         model.roi_heads = _cascade(model.roi_heads, fpn_channels, head_channels, outputs)
+    for module in model.modules():
+        if isinstance(module, (RPNHead, FastRCNNPredictor, MaskRCNNPredictor)):
+            module.register_forward_hook(_widen)
     return model
+
+
+def _widen(module: nn.Module, args: Any, output: Any) -> Any:
+    """Return what a head says in float32 at least: torchvision places boxes in the precision of their offsets, and in
+    bfloat16, that of autocast, pixels from 256 on are two apart."""
+    if isinstance(output, torch.Tensor):
+        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+    if isinstance(output, dict):
+        return {k: _widen(module, args, x) for k, x in output.items()}
+    return type(output)(_widen(module, args, x) for x in output)
 
 
 def _cascade(single: RoIHeads, fpn_channels: int, head_channels: int, outputs: int) -> CascadeRoIHeads:

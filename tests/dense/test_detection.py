@@ -112,6 +112,31 @@ def test_every_parameter_learns(detector):
 
 
 @pytest.mark.parametrize('detector', DETECTORS)
+def test_mixed_precision_leaves_boxes_where_they_are(detector):
+    torch.manual_seed(0)
+    args = dict(SMALL, box_score_thresh=0.) if detector != 'retinanet' else dict(score_thresh=0.)
+    model = _detector(detector, min_size=300, max_size=400, detector_args=dict(args, **(
+        dict(detections_per_img=20) if detector == 'retinanet' else dict(box_detections_per_img=20))))
+    image = torch.rand(3, 300, 400)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        found, = model([image])
+    assert all(found[k].dtype == torch.float32 for k in ('boxes', 'scores')) and len(found['boxes'])
+    assert (found['boxes'] != found['boxes'].bfloat16()).any(1).all()
+    target = _target(300, 400)
+    for m in model.modules():
+        if hasattr(m, 'drop_prob'):
+            m.drop_prob = 0.
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            losses.append(losses_of(model.train(), [image], [target]))
+        losses[-1]['loss'].backward()
+    assert losses[0]['loss'].item() == pytest.approx(losses[1]['loss'].item(), rel=.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('detector', DETECTORS)
 def test_images_without_objects(detector):
     model = _detector(detector).train()
     for targets in ([_target(number=0)] * 2, [_target(number=0), _target()]):
