@@ -93,7 +93,7 @@ def _kind(job):
 def test_every_value_has_an_option(job):
     kind = _kind(job)
     written = {
-        'str': ['x'], 'int': ['2'], 'float': ['0.5'], 'bool': [], 'Optional[str]': ['x'], 'Optional[float]': ['0.5'],
+        'str': ['x'], 'int': ['96'], 'float': ['0.5'], 'bool': [], 'Optional[str]': ['x'], 'Optional[float]': ['0.5'],
         'Dict[str, Any]': ['a=1', 'b=[2, 3]'], 'Tuple[float, float]': ['0.5', '1'],
         'Optional[Tuple[float, ...]]': ['1'],
         'Tuple[str, ...]': ['a', 'b.*'], 'Optional[int]': ['2'], 'Tuple[float, ...]': ['1', '0.5'],
