@@ -155,7 +155,7 @@ def _vectors(dtype: torch.dtype, channels: int):
 
 @functools.cache
 def _widest() -> int:
-    """The width of vectors of which registers hold four pixels: the AVX-512 of a CPU is twice as wide, twice as many."""
+    """The width of vectors of which registers hold four pixels: those of AVX-512 are twice as wide and as many."""
     from llvmlite.binding import get_host_cpu_features
     return 32 if get_host_cpu_features().get('avx512f') else 16
 
