@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
 
 _CANDIDATES = (Blocks(64, 4), Blocks(64, 8), Blocks(32, 4), Blocks(128, 8))  # the first that fits serves untimed
 _WIDE = Blocks(16, 8)  # where none fits
-_INTERPRETED = (Blocks(64, 1),)
+_INTERPRETED = (Blocks(32, 1),)  # it sums pixels one after the other, and 64 lose digits that a GPU keeps
 
 _chosen: Dict[Tuple, Blocks] = {}
 
