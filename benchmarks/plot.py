@@ -4,7 +4,7 @@ A figure is drawn for each device that has rows for it. Of rows that measure the
 """
 import argparse
 from pathlib import Path
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Callable, Dict, Iterable, List, Sequence, Tuple
 
 import harness
 import matplotlib
@@ -47,7 +47,7 @@ def latency(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
     places = range(len(models))
     axes.barh(places, ratio, xerr=[[a - b for a, b in zip(ratio, low)], [b - a for a, b in zip(ratio, high)]])
     axes.set_yticks(places, [
-        f'{r["model"]}, {r["mode"]}, {r["form"]}, {r["dtype"]}, batch {r["batch"]}, {r["img_size"]} px'
+        f'{r["model"]}, {r["backend"]}, {r["mode"]}, {r["form"]}, {r["dtype"]}, batch {r["batch"]}, {r["img_size"]} px'
         for r in models])
     axes.axvline(1., color='black', linewidth=1)
     axes.invert_yaxis()
@@ -57,25 +57,27 @@ def latency(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
 
 
 def memory(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
-    """Peak memory of a training step against the image's size."""
-    train = having(models, mode='train', form='eager')
-    drawn = False
-    for (model, baseline, dtype, batch), rows in groups(train, 'model', 'baseline', 'dtype', 'batch').items():
+    """Peak memory against the image's size."""
+    drawn, ticks = False, set()
+    keys = ('model', 'baseline', 'mode', 'dtype', 'batch', 'backend')
+    for (model, baseline, mode, dtype, batch, backend), rows in groups(having(models, form='eager'), *keys).items():
         rows = sorted(rows, key=lambda r: int(r['img_size']))
         if len(rows) < 2:
-            continue
+            continue  # one size says nothing of growth
         sizes, drawn = number(rows, 'img_size'), True
-        line, = axes.plot(sizes, number(rows, 'peak_mib'), marker='o', label=f'{model}, {dtype}, batch {batch}')
+        line, = axes.plot(
+            sizes, number(rows, 'peak_mib'), marker='o', label=f'{model}, {backend}, {mode}, {dtype}, batch {batch}')
         axes.plot(
             sizes, number(rows, 'baseline_peak_mib'), marker='o', linestyle='--', color=line.get_color(),
             label=baseline)
-    _logarithmic(axes, 'image (pixels)', 'peak memory of a training step (MiB)', drawn)
+        ticks |= {*sizes}
+    _logarithmic(axes, 'image (pixels)', 'peak memory (MiB)', drawn, ticks)
     return drawn
 
 
 def kernel_size(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
     """Time of the operator against the side of its kernel."""
-    drawn, lines = False, []
+    drawn, lines, ticks = False, [], set()
     eager = [r for r in ops if r['form'] == 'eager' and r['stage'] == '0']
     for (mode, batch, size), rows in groups(eager, 'mode', 'batch', 'img_size').items():
         for (baseline,), pair in groups(rows, 'baseline').items():
@@ -89,7 +91,8 @@ def kernel_size(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
             axes.plot(
                 sizes, number(pair, 'baseline_ms'), marker='.', linestyle='--',
                 label=f'{baseline}, batch {batch}, {size} px')
-    _logarithmic(axes, 'kernel size', 'forward pass (ms)', drawn)
+            ticks |= {*sizes}
+    _logarithmic(axes, 'kernel size', 'forward pass (ms)', drawn, ticks)
     return drawn
 
 
@@ -109,8 +112,11 @@ def roofline(axes: plt.Axes, models: Rows, ops: Rows) -> bool:
     return True
 
 
-def _logarithmic(axes: plt.Axes, x: str, y: str, legend: bool) -> None:
+def _logarithmic(axes: plt.Axes, x: str, y: str, legend: bool, ticks: Iterable[float] = ()) -> None:
     axes.set(xscale='log', yscale='log', xlabel=x, ylabel=y)
+    if ticks:
+        axes.set_xticks(sorted(ticks), [f'{tick:.0f}' for tick in sorted(ticks)])
+        axes.set_xticks([], minor=True)
     axes.grid(which='both', alpha=.2)
     if legend:
         axes.legend(fontsize=7)
