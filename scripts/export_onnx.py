@@ -64,7 +64,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('model', metavar='MODEL')
     parser.add_argument('path', metavar='FILE', type=Path, help='the .onnx file to write')
     parser.add_argument('--pretrained', action='store_true', help='with its weights; a folder always comes with them')
-    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights to load, as of the authors or of a training')
+    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights to load, from any training')
     parser.add_argument('--num-classes', type=int)
     parser.add_argument('--in-chans', type=int)
     parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='side, or height and width')

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import keyed_state_dict
 from timm.models import save_for_hf
 
 import elsa_models
-from helpers import keyed_state_dict
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -72,8 +72,8 @@ def test_checkpoint_of_a_training(main, tmp_path, capsys):
     arguments = ('test_elsa_swin', tmp_path / 'x.onnx', '--fixed-batch', '--checkpoint', tmp_path / 'two.pth')
     assert main(*arguments, '--num-classes', 2) == 0
     head = model.head.fc.bias.detach().numpy()
-    assert any((onnx.numpy_helper.to_array(x) == head).all() for x in onnx.load(str(tmp_path / 'x.onnx')).graph.initializer
-               if list(x.dims) == [2])
+    weights = onnx.load(str(tmp_path / 'x.onnx')).graph.initializer
+    assert any((onnx.numpy_helper.to_array(x) == head).all() for x in weights if list(x.dims) == [2])
     capsys.readouterr()
     assert main(*arguments) == 2  # 1000 classes: no random classifier in its place
     assert f"error: --checkpoint: '{tmp_path / 'two.pth'}' cannot be used. " in capsys.readouterr().err
