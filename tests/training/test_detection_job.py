@@ -262,7 +262,7 @@ def test_recipes_build(file):
             'cascade_mask_rcnn_elsa_swin_small': 110}[file.stem[:-3]]
         assert abs(millions - published) <= .5
     else:
-        assert millions < 5
+        assert 46 < millions < 49 if file.stem == 'folder' else millions < 5
 
 
 @pytest.mark.slow
