@@ -2,6 +2,7 @@
 """Export a model to ONNX, checked in ONNX Runtime.
 
     python scripts/export_onnx.py elsa_swin_tiny model.onnx --pretrained
+    python scripts/export_onnx.py elsa_swin_tiny model.onnx --checkpoint elsa_swin_tiny.pth.tar
     python scripts/export_onnx.py output/NAME model.onnx --preprocess --precision int8 --images FOLDER
 
 MODEL is a name of timm, or a folder that scripts/train.py or timm has saved.
@@ -40,9 +41,20 @@ def create(args: argparse.Namespace):
         kwargs['dynamic_img_size'] = True
     if args.features_only:
         kwargs['features_only'] = True
-    if args.checkpoint is not None:
-        kwargs['checkpoint_path'] = str(args.checkpoint)
-    return timm.create_model(name, pretrained=args.pretrained, **kwargs)
+    if args.checkpoint is None:
+        try:
+            return timm.create_model(name, pretrained=args.pretrained, **kwargs)
+        except elsa_models.WeightsError as e:
+            raise ValueError(f'{e}\nOr, of the options: --checkpoint FILE for weights in a file.') from e
+    if not args.checkpoint.is_file():
+        raise ValueError(f'--checkpoint: got {str(args.checkpoint)!r}, no such file.')
+    overlay = dict(file=str(args.checkpoint))
+    if args.num_classes is not None:
+        overlay.update(num_classes=args.num_classes)  # those of the file, or timm leaves its classifier out
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    except elsa_models.WeightsError as e:
+        raise ValueError(f'--checkpoint: {str(args.checkpoint)!r} cannot be used. {e}') from e
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -52,7 +64,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('model', metavar='MODEL')
     parser.add_argument('path', metavar='FILE', type=Path, help='the .onnx file to write')
     parser.add_argument('--pretrained', action='store_true', help='with its weights; a folder always comes with them')
-    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights to load')
+    parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights to load, from any training')
     parser.add_argument('--num-classes', type=int)
     parser.add_argument('--in-chans', type=int)
     parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='side, or height and width')

@@ -20,11 +20,11 @@ from torch.utils.data import Dataset
 
 from ..export import export_onnx
 from ..layers import ElsaAttention
-from ..models._checkpoint import read_checkpoint, unwrap
+from ..models._checkpoint import WeightsError, read_checkpoint, unwrap
 from ..models._warm_start import warm_start
 from ..models.elsa_swin import is_authors
 from ..models.elsa_volo import ElsaVolo, token_label_loss
-from .config import ImageValues, Recipe, RecipeError
+from .config import ImageValues, Recipe, RecipeError, weights_error
 from .data import LabelledImages, Splits, create_eval_transform, create_train_transform, load_splits
 from .job import Job
 from .loading import DataError, EvalLoader, TrainLoader
@@ -387,6 +387,8 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
             num_classes=num_classes,
             **recipe.model_args,
         )
+    except WeightsError as e:
+        raise weights_error(e, recipe.pretrained, recipe.checkpoint) from e
     except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
         raise RecipeError(f'model: {recipe.model!r} with model_args {recipe.model_args} is not possible. {e}') from e
     if recipe.warm_start is not None:

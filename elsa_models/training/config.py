@@ -13,6 +13,22 @@ class RecipeError(ValueError):
     """A recipe that cannot be run, with the name of the value at fault."""
 
 
+def weights_error(error: Exception, pretrained: bool, checkpoint: Optional[str]) -> RecipeError:
+    """The error of weights that a recipe asks for, in terms of the scripts' options.
+
+    Args:
+        error: Why they could not be had, or do not fit.
+        pretrained: Whether the recipe asks for the model's own.
+        checkpoint: File that it asks for instead, if any.
+    """
+    if checkpoint is not None:
+        return RecipeError(f'checkpoint: {checkpoint!r} cannot be used. {error}')
+    if not pretrained:
+        return RecipeError(f'model: {error}')
+    return RecipeError(
+        f'pretrained: {error}\nOr, of the options: --checkpoint FILE for weights in a file, --no-pretrained for none.')
+
+
 def _value(
         default: Any,
         help: str,

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..dense.features import DenseBackbone
 from ..models._checkpoint import WeightsError
-from .config import BaseRecipe, RecipeError, _value
+from .config import BaseRecipe, RecipeError, _value, weights_error
 from .loading import EvalLoader
 from .world import World
 
@@ -56,6 +56,10 @@ def create_backbone(recipe: DenseRecipe) -> DenseBackbone:
     try:
         return DenseBackbone(
             recipe.model, recipe.pretrained, recipe.checkpoint, recipe.warm_start, model_args=recipe.model_args)
+    except WeightsError as e:
+        if recipe.warm_start is not None:
+            raise RecipeError(f'warm_start: {recipe.warm_start!r} is not possible. {e}') from e
+        raise weights_error(e, recipe.pretrained, recipe.checkpoint) from e
     except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
         raise RecipeError(f'model: {recipe.model!r} with model_args {recipe.model_args} is not possible. {e}') from e
 

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
+from helpers import keyed_state_dict
 from timm.models import save_for_hf
+
+import elsa_models
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -42,10 +46,50 @@ def test_fine_tuned_folder(main, tmp_path):
     assert _input(tmp_path / 'model.onnx') == ['batch', 3, 64, 64]
 
 
+def test_checkpoint_of_the_authors(main, tmp_path, monkeypatch):
+    """Their names of entries, inside a training checkpoint."""
+    entries = keyed_state_dict('tiny')
+    torch.save({'state_dict': entries, 'epoch': 3}, tmp_path / 'tiny.pth.tar')
+    models = []
+
+    def export(model, path, **kwargs):
+        models.append(model)
+        path.write_bytes(b'')
+        return path
+
+    monkeypatch.setattr(elsa_models, 'export_onnx', export)
+    arguments = ('elsa_swin_tiny', tmp_path / 'x.onnx', '--checkpoint', tmp_path / 'tiny.pth.tar')
+    assert main(*arguments) == 0 and main(*arguments, '--num-classes', 1000) == 0
+    assert main(*arguments, '--features-only') == 0
+    for model in models[:2]:
+        assert torch.equal(model.head.fc.weight, entries['head.weight'])
+        assert torch.equal(model.patch_embed.proj.weight, entries['patch_embed.proj.weight'])
+
+
+def test_checkpoint_of_a_training(main, tmp_path, capsys):
+    model = timm.create_model('test_elsa_swin', num_classes=2)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'two.pth')
+    arguments = ('test_elsa_swin', tmp_path / 'x.onnx', '--fixed-batch', '--checkpoint', tmp_path / 'two.pth')
+    assert main(*arguments, '--num-classes', 2) == 0
+    head = model.head.fc.bias.detach().numpy()
+    weights = onnx.load(str(tmp_path / 'x.onnx')).graph.initializer
+    assert any((onnx.numpy_helper.to_array(x) == head).all() for x in weights if list(x.dims) == [2])
+    capsys.readouterr()
+    assert main(*arguments) == 2  # 1000 classes: no random classifier in its place
+    assert f"error: --checkpoint: '{tmp_path / 'two.pth'}' cannot be used. " in capsys.readouterr().err
+
+
+def test_missing_weights_name_the_option(main, tmp_path, capsys):
+    assert main('test_elsa_swin', tmp_path / 'x.onnx', '--pretrained') == 2
+    error = capsys.readouterr().err
+    assert 'no weights are known' in error and '--checkpoint FILE' in error
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['elsa_swim', 'x.onnx'], "MODEL: got 'elsa_swim', must be a folder or a name of timm, such as elsa_"),
     (['tests/absent', 'x.onnx'], "MODEL: got 'tests/absent', which holds no config.json"),
     (['test_elsa_swin', 'absent/x.onnx'], "path: got 'absent/x.onnx', its folder does not exist"),
+    (['test_elsa_swin', 'x.onnx', '--checkpoint', 'absent.pth'], "--checkpoint: got 'absent.pth', no such file."),
     (['test_elsa_swin', 'x.onnx', '--opset', '12'], 'opset: got 12, must be 20 to'),
     (['test_elsa_swin', 'x.onnx', '--precision', 'int8'], 'images: got None'),
 ])

@@ -81,6 +81,7 @@ def test_recipe_builds(path, pictures, monkeypatch):
     images, targets = next(iter(job.train_loader.loader.loader))
     assert images.dtype == torch.uint8 and tuple(images.shape) == (8, *size) and targets.shape == (8,)
     if path.parent.name == 'imagenet':
+        assert recipe.name == path.stem  # or a run of one would replace that of another
         assert size[1] == (int(path.stem.rpartition('_')[2]) if 'volo' in path.stem else 224)
     optimizer, scheduler = create_optimizer(recipe, job.model, 10)
     decays = {group['weight_decay'] for group in optimizer.param_groups}

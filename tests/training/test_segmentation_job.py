@@ -212,7 +212,10 @@ def test_recipes_build(file):
         model = build_segmenter({**recipe.__dict__, 'class_names': names})
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     published = {'ade20k_elsa_swin_tiny': 61, 'ade20k_elsa_swin_small': 85}.get(file.stem)
-    assert abs(millions - published) <= .5 if published else millions < 2
+    if file.stem == 'folder':
+        assert 30 < millions < 61
+    else:
+        assert abs(millions - published) <= .5 if published else millions < 2
 
 
 @pytest.mark.slow
