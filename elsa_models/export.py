@@ -89,6 +89,7 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         FileNotFoundError: The folder of `path`, or that of the images, does not exist.
         PermissionError: The folder of `path` cannot be written to.
+        OSError: Writing fails, as on a full disk.
         ValueError: An argument is none of those above, or does not fit the model.
         RuntimeError: ONNX Runtime's outputs differ from PyTorch's by more than 1e-4 of their scale in float32, 2e-2
             in float16, or, in int8, by a fifth of their root mean square.
@@ -185,7 +186,7 @@ def _strict_size(model: nn.Module) -> Optional[Tuple[int, int]]:
 def _make_temporary(path: Path) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=f'.{path.stem}-', dir=path.parent))
-    except OSError as e:
+    except PermissionError as e:
         raise PermissionError(f'path: got {str(path)!r}, its folder cannot be written to ({e.strerror}).') from e
 
 
@@ -214,7 +215,7 @@ def _make_batches(
         dynamic_size: bool,
         real: List[torch.Tensor],
 ) -> List[torch.Tensor]:
-    """Normalised images (B, in_chans, H, W) to check an export with: each batch whole, and its first image alone."""
+    """Batches of normalised images (B, in_chans, H, W) to check an export with: random ones, then `real` ones."""
     sizes = [size]
     if dynamic_size:  # rectangles, odd ones, smaller and larger
         H, W = size
@@ -400,6 +401,7 @@ def _save(graph, folder: Path, name: str) -> List[Path]:
 
 
 def _check_outputs(path: str, model: nn.Module, batches: Iterable[torch.Tensor], precision: str, device) -> None:
+    """Compare each batch, whole and its first image alone."""
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -1,5 +1,7 @@
 """ONNX files, checked here by their own means: what they hold, what runtimes make of them, what is refused."""
+import errno
 import json
+import os
 import shutil
 import sys
 
@@ -278,13 +280,17 @@ def test_bad_paths(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
-def test_no_write_permission(tmp_path, monkeypatch):
+@pytest.mark.parametrize('number, kind, message', [
+    (errno.EACCES, PermissionError, 'path: got .*cannot be written to .Permission denied'),
+    (errno.ENOSPC, OSError, 'No space left on device'),
+])
+def test_folder_that_cannot_be_written_to(tmp_path, monkeypatch, number, kind, message):
     def refuse(*args, **kwargs):
-        raise PermissionError(13, 'Permission denied')
+        raise OSError(number, os.strerror(number))
     monkeypatch.setattr(elsa_models.export.tempfile, 'mkdtemp', refuse)
-    with pytest.raises(PermissionError, match='cannot be written to .Permission denied'):
+    with pytest.raises(OSError, match=message) as caught:
         export_onnx(_model('test_elsa_swin'), tmp_path / 'model.onnx')
-    assert list(tmp_path.iterdir()) == []
+    assert caught.type is kind and list(tmp_path.iterdir()) == []
 
 
 def test_half_precision_model(tmp_path):

@@ -84,7 +84,8 @@ def _background_first(name: str, x: torch.Tensor) -> torch.Tensor:
 def load_authors_checkpoint(model: nn.Module, path: Union[str, Path], heads: bool = True) -> LoadReport:
     """Load the backbone with its four norms, and what corresponds of the heads, from the authors' checkpoint.
 
-    Checkpoints of Mask R-CNN and Cascade Mask R-CNN with FPN and of UPerNet are read. No code in them is run.
+    Checkpoints of Mask R-CNN and Cascade Mask R-CNN with FPN and of UPerNet are read; a RetinaNet takes the backbone
+    alone. Norms that the model lacks are left out. No code in them is run.
 
     Args:
         model: A detector of `create_detector`, a `Segmenter` with UPerNet, or a `DenseBackbone`, with ELSA-Swin.
@@ -116,7 +117,7 @@ def load_authors_checkpoint(model: nn.Module, path: Union[str, Path], heads: boo
     unused = []
     for key, x in found.items():
         if key.startswith(prefix):
-            targets = _convert_backbone(key[len(prefix):], x, bare, place)
+            targets = _convert_backbone(key[len(prefix):], x, bare, place, backbone)
         else:
             targets = {}
             for pattern, replacement in rules if heads else ():
@@ -146,10 +147,11 @@ def _convert_backbone(
         x: torch.Tensor,
         entries: Dict[str, torch.Tensor],
         place: str,
+        backbone: DenseBackbone,
 ) -> Dict[str, torch.Tensor]:
     """The entries of the model that one of the authors' backbone becomes."""
     if re.match(r'norm[0-3]\.', key):
-        return {place + key: x}
+        return {} if isinstance(getattr(backbone, key[:5]), nn.Identity) else {place + key: x}
     # whether rows are reordered hangs on the table beside them
     table = key.rpartition('.pre_proj.')[0] + '.rb'
     company = {table: entries[table]} if '.pre_proj.' in key and table in entries else {}

@@ -44,8 +44,10 @@ class FpnBackbone(nn.Module):
         """
         super().__init__()
         self.body, self.first, self.out_channels = body, first, out_channels
-        for i in range(first):
-            setattr(body, f'norm{i}', nn.Identity())  # several processes need every parameter to be used
+        for i in range(first):  # several processes need every parameter to be used
+            setattr(body, f'norm{i}', nn.Identity())
+        if first and body.pyramid is not None:
+            body.pyramid.up = nn.Upsample(scale_factor=2)  # the map that nobody looks at
         extra = LastLevelMaxPool() if first == 0 else LastLevelP6P7(out_channels, out_channels)
         self.fpn = FeaturePyramidNetwork(list(body.channels[first:]), out_channels, extra)
 

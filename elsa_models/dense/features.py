@@ -76,7 +76,8 @@ class DenseBackbone(nn.Module):
             model: timm's name of a model with maps of strides 4, 8, 16 and 32, or an ELSA-VOLO of strides 8 and 16.
             pretrained: Start from the model's weights.
             checkpoint: Start from the weights of a classifier in this file.
-            warm_start: Start from what a related model shares with this one, see `elsa_models.warm_start`.
+            warm_start: Start from what a related model shares with this one, see `elsa_models.warm_start`; the rest is
+                as `pretrained` or `checkpoint` says.
             norms: Give each map a LayerNorm.
             frozen_stages: 0 trains everything, 1 keeps the patch embedding as it is, n + 1 the first n stages too.
             output_fmt: 'NCHW' or 'NHWC'.
@@ -100,13 +101,14 @@ class DenseBackbone(nn.Module):
             args.setdefault('pad_before_shift', True)
         if isinstance(probe, ElsaVolo):
             args['out_indices'] = (0, len(probe.stage_ends) - 1)
+        weights: Dict[str, Any] = dict(pretrained=pretrained)
         if checkpoint is not None:
-            pretrained, args['pretrained_cfg_overlay'] = True, dict(file=checkpoint)
+            weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=checkpoint))
         if warm_start is not None:
-            relative = timm.create_model(model, **(model_args or {}))
+            relative = timm.create_model(model, **weights, **{'num_classes': 0, **(model_args or {})})
             start_from_relative(relative, warm_start)
-            pretrained, args['pretrained_cfg_overlay'] = True, dict(state_dict=relative.state_dict())
-        self.body = timm.create_model(model, pretrained=pretrained, features_only=True, **args)
+            weights = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=relative.state_dict()))
+        self.body = timm.create_model(model, features_only=True, **weights, **args)
         self._is_nhwc = getattr(self.body, 'output_fmt', 'NCHW') == 'NHWC'
         channels, strides = self.body.feature_info.channels(), tuple(self.body.feature_info.reduction())
         self.pyramid = None

@@ -174,5 +174,9 @@ def _run(kernel: str, products: int, *args) -> None:
         return
     with _lock:  # Numba's simplest pool of threads serves one caller at a time
         _parallel_pid = os.getpid()
+        former = numba.get_num_threads()
         numba.set_num_threads(threads)
-        getattr(kernels, f'{kernel}_parallel')(*addresses)
+        try:
+            getattr(kernels, f'{kernel}_parallel')(*addresses)
+        finally:
+            numba.set_num_threads(former)

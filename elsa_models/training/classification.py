@@ -350,10 +350,13 @@ class ClassificationJob(Job):
             _logger.info('exported the model to ONNX; ONNX Runtime agrees with it')
         if self.recipe.figures:
             from . import figures
+            figures.draw_curves(history, folder / CURVES)
+            if self.splits.is_stream and self.world.size > 1:
+                _logger.info('%s: not drawn, this process reads only its share of the stream', CONFUSION)
+                return
             alone = World(self.world.device)
             with torch.no_grad():
                 predictions = predict(model, self._create_eval_loader(alone), alone)
-            figures.draw_curves(history, folder / CURVES)
             figures.draw_confusion(predictions.targets, predictions.predicted, class_names, folder / CONFUSION)
             if not self.splits.is_stream:
                 figures.draw_predictions(self.splits.val, predictions, class_names, folder / PREDICTIONS)

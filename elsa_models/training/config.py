@@ -285,19 +285,19 @@ def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) 
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         options = dict(dest=field.name, default=argparse.SUPPRESS, help=field.metadata['help'].replace('%', '%%'))
-        kind = _without_none(hint)
-        if kind is bool:
+        bare = _without_none(hint)
+        if bare is bool:
             options.update(action=argparse.BooleanOptionalAction)
-        elif get_origin(kind) is dict:
+        elif get_origin(bare) is dict:
             options.update(nargs='+', metavar='KEY=VALUE', action=_Mapping)
-        elif get_origin(kind) is tuple:
+        elif get_origin(bare) is tuple:
             options.update(nargs='+', metavar='X')
         elif field.metadata['choices']:
             options.update(choices=field.metadata['choices'])
         else:
-            options.update(metavar={str: 'TEXT', int: 'N', float: 'X'}[kind])
-        numbers = get_origin(kind) is tuple and get_args(kind)[0] is not str
-        if kind in (int, float) or numbers or kind is not hint and kind is not str:
+            options.update(metavar={str: 'TEXT', int: 'N', float: 'X'}[bare])
+        numbers = get_origin(bare) is tuple and get_args(bare)[0] is not str
+        if bare in (int, float) or numbers or bare is not hint and bare is not str:
             options.update(type=_read)  # typed as in a file, so that null means none there as here
         parser.add_argument('--' + field.name.replace('_', '-'), **options)
 
@@ -348,7 +348,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         expected = f'a list of {f"{size} {items}" if size else items}'
     elif origin is dict:
         if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return dict(value)
+            return _plain(value)
         expected = 'a mapping of names to values'
     elif hint is float:
         if isinstance(value, str):  # YAML reads 1e-3 as text, and 1.0e-3 as a number
@@ -364,6 +364,13 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             return value
         expected = {int: 'a whole number', bool: 'true or false', str: 'text'}[hint]
     raise RecipeError(f'{name}: got {value!r} of type {type(value).__name__}, must be {expected}.')
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` with lists for tuples, at any depth, as YAML gives it back."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:

@@ -43,10 +43,13 @@ def create_backbone(recipe: DenseRecipe) -> DenseBackbone:
     """The backbone of a recipe, with its first weights.
 
     Raises:
-        RecipeError: timm does not know the model, it has other strides, or its weights are not there.
+        RecipeError: timm does not know the model, it has other strides, its weights are not there, or a value is for
+            classifiers alone.
     """
     if recipe.layer_decay is not None:
         raise RecipeError('layer_decay: must be none; it is for classifiers.')
+    if recipe.fsdp:  # processes evaluate images of their own sizes, not all as many, and would wait for each other
+        raise RecipeError('fsdp: must be false; it is for classifiers. grad_checkpointing takes less memory, too.')
     if ':' in recipe.model:
         raise RecipeError(f'model: got {recipe.model!r}, must be a name of timm; give weights in a file as checkpoint.')
     if len(recipe.mean) != 3 or len(recipe.std) != 3:
@@ -83,7 +86,7 @@ class DenseTask(ClassificationTask):
 
 
 def eval_batches(dataset: Dataset, world: World, missing: Any, workers: int) -> EvalLoader:
-    """Single images of any size, shared among the processes; those repeated or not readable are `missing`."""
+    """Single images of any size, shared among the processes; those that cannot be read are `missing`."""
     return EvalLoader(dataset, 1, world, missing=missing, workers=workers, collate=_only)
 
 

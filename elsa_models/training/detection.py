@@ -400,9 +400,8 @@ class DetectionJob(Job):
     def evaluate(self, model: nn.Module) -> Dict[str, float]:
         """AP, AP50 and AP75 of boxes and, where there are any, masks, in percent."""
         results, seen = [], []
-        for i, (image, _) in enumerate(self._eval_loader):
-            index = i * self.world.size + self.world.rank
-            if i >= self._eval_loader.num_valid or image is None:  # repeated, or not readable
+        for index, (image, _) in zip(self._eval_loader.indices, self._eval_loader):
+            if image is None:  # not readable
                 continue
             found, = model([image.to(self.world.device).float() / 255.])
             seen.append(self.val_images.image_ids[index])

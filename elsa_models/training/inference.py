@@ -138,7 +138,8 @@ def validate(values: Validation) -> Dict[str, Any]:
         predictions = predict(logits, loader, world)
     metrics = predictions.metrics()
     metrics['images_per_second'] = metrics['images'] / (time.perf_counter() - start)
-    metrics['unreadable'] = sum(world.gather(loader.samples.take_unreadable() if loader.samples is not None else 0))
+    # of a stream nobody knows; counted as they are read, those of a repeated batch would count twice
+    metrics['unreadable'] = len(dataset) - metrics['images'] if loader.samples is not None else 0
     return metrics
 
 

@@ -182,8 +182,14 @@ class TrainLoader:
 class EvalLoader:
     """Every image of a data set once, over all processes, in the same batches for any number of them.
 
-    All processes have as many batches, so that models that talk to each other stay in step; the batch that a process
-    repeats for that is not counted by `num_valid`.
+    All processes have as many batches, so that models that talk to each other stay in step; some repeat the last batch
+    of the data set for that, after those that count. None of this holds for a stream (IterableDataset), whose reader
+    alone says what each process gets: images may come twice or not at all, and processes may have more batches than
+    others.
+
+    Attributes:
+        indices: Numbers of the images of this process that count, in the order in which they come; None for a stream.
+        num_valid: How many these are; None for a stream, of which all count.
     """
 
     def __init__(
@@ -214,7 +220,8 @@ class EvalLoader:
             generator=torch.Generator(),  # leaves the global one alone
         )
         self.samples = None
-        self.num_valid = None  # samples of this process that count, None for all
+        self.indices: Optional[List[int]] = None
+        self.num_valid: Optional[int] = None
         self._batch_size = batch_size
         if isinstance(dataset, IterableDataset):
             if hasattr(dataset, 'set_loader_cfg'):
@@ -225,7 +232,8 @@ class EvalLoader:
             places = [(0, index) for index in range(len(dataset))]
             batches = [places[i:i + batch_size] for i in range(0, len(places), batch_size)]
             mine = batches[world.rank::world.size]
-            self.num_valid = sum(map(len, mine))
+            self.indices = [index for batch in mine for _, index in batch]
+            self.num_valid = len(self.indices)
             if len(mine) < -(-len(batches) // world.size):
                 mine.append(batches[-1])
             loader = DataLoader(self.samples, batch_sampler=mine, **common)

@@ -113,9 +113,11 @@ class Trainer:
         if recipe.channels_last:
             model.to(memory_format=torch.channels_last)
         self._frozen = _matching(model, recipe.freeze)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not _is_below(name, self._frozen))
-        if not any(p.requires_grad for p in model.parameters()):
+        for name in self._frozen:
+            model.get_submodule(name).requires_grad_(False)
+        # what the job has frozen stays frozen, too
+        self._learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not self._learning:
             raise RecipeError(f'freeze: {", ".join(recipe.freeze)} leaves nothing to train.')
         self.sharded = recipe.fsdp and world.size > 1
         if recipe.ema_decay is not None:  # weights that are spread and buffers that are not do not go in one call
@@ -159,7 +161,7 @@ class Trainer:
             self._resting += tuple(n for n, m in model.named_modules() if not any(_touches(n, h) for h in head))
         for name, parameter in model.named_parameters():
             alone = trains_head and not _is_below(name, head)
-            parameter.requires_grad_(not _is_below(name, self._frozen) and not alone)
+            parameter.requires_grad_(name in self._learning and not alone)
         if self.world.size > 1 and not self.sharded:
             # DDP looks at requires_grad once
             device = self.world.device

@@ -141,7 +141,8 @@ def load_label_maps(recipe: SegmentationRecipe) -> LabelMapSplits:
         DataError: Files are missing, or nothing says what classes there are.
     """
     if recipe.data == 'shapes':
-        parts = [Shapes(n, recipe.size, seed) for n, seed in ((recipe.train_images, 0), (recipe.val_images, 1))]
+        sizes = [min(n, recipe.limit or n) for n in (recipe.train_images, recipe.val_images)]
+        parts = [Shapes(n, recipe.size, seed) for seed, n in enumerate(sizes)]
         names = ['background', *CLASSES]
         return LabelMapSplits(*(LabelMaps(part, len(names)) for part in parts), names)
     folder = Path(recipe.data)
@@ -298,14 +299,20 @@ class SegmentationJob(Job):
         return ('net.decoder', 'net.segmentation_head', *(('aux_head',) if self.recipe.aux_channels else ()))
 
     def evaluate(self, model: nn.Module) -> Dict[str, float]:
-        """Mean intersection over union and accuracies of the held-out images, in percent."""
+        """Mean intersection over union and accuracies of the held-out images, in percent.
+
+        Raises:
+            DataError: No pixel has a class.
+        """
         num_classes = len(self.splits.class_names)
         total = torch.zeros(num_classes, num_classes, dtype=torch.long)
-        for i, (image, labels) in enumerate(self._eval_loader):
-            if i < self._eval_loader.num_valid:  # the rest are repeated
-                predicted = predict_labels(model, image.to(self.world.device), self.config)
-                total += confusion(predicted.cpu(), labels, num_classes)
-        return segmentation_metrics(sum(self.world.gather(total)))
+        for _, (image, labels) in zip(self._eval_loader.indices, self._eval_loader):
+            predicted = predict_labels(model, image.to(self.world.device), self.config)
+            total += confusion(predicted.cpu(), labels, num_classes)
+        total = sum(self.world.gather(total))
+        if not total.any():
+            raise DataError('none of the images to evaluate on can be read, or none has a pixel of any class.')
+        return segmentation_metrics(total)
 
     def whole_model(self) -> nn.Module:
         """A model as that of the recipe, without weights."""

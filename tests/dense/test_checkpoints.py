@@ -128,6 +128,18 @@ def test_a_backbone_alone(tmp_path):
     assert report.missing and not any(k.startswith('net.encoder.') for k in report.missing)
 
 
+@pytest.mark.parametrize('heads', [False, True])
+def test_a_retinanet_takes_the_backbone(tmp_path, heads):
+    theirs, model = _theirs(_detector(), 'mask_rcnn'), _detector('retinanet')
+    torch.save(dict(state_dict=theirs), tmp_path / 'x.pth')
+    report = load_authors_checkpoint(model, tmp_path / 'x.pth', heads=heads)
+    body = model.backbone.body
+    assert torch.equal(body.norm1.weight, theirs['backbone.norm1.weight'])
+    assert torch.equal(body.body['patch_embed'].proj.weight, theirs['backbone.patch_embed.proj.weight'])
+    assert 'backbone.norm0.weight' in report.unused
+    assert not any(k.startswith('backbone.body.') for k in report.missing)
+
+
 @pytest.mark.parametrize('change, message', [
     (lambda s: s.pop('backbone.norm2.bias'), 'backbone.body.norm2.bias is missing'),
     (lambda s: s.update({'neck.fpn_convs.0.conv.bias': torch.zeros(3)}), r'has shape \(3,\) instead of \(16,\)'),

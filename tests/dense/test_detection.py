@@ -100,9 +100,10 @@ def test_boxes_are_cut_out_where_they_are():
         assert_near(found[levels == level], expected[levels == level], 1e-4)
 
 
+@pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('detector', DETECTORS)
-def test_every_parameter_learns(detector):
-    model = _detector(detector).train()
+def test_every_parameter_learns(detector, name):
+    model = _detector(detector, name).train()
     losses = losses_of(model, [torch.rand(3, 48, 60)] * 2, [_target(), _target(number=1)])
     losses['loss'].backward()
     assert losses['loss'] == sum(v for k, v in losses.items() if k != 'loss')

@@ -116,6 +116,18 @@ def test_starts_from_a_relative(tmp_path):
     assert torch.equal(model.body['layers_2'].blocks[1].mlp.fc1.weight, swin.layers[2].blocks[1].mlp.fc1.weight)
 
 
+@pytest.mark.parametrize('num_classes', [5, 1000])
+def test_starts_from_a_relative_and_a_classifier(tmp_path, num_classes):
+    swin = timm.models.SwinTransformer(**{**SWIN, 'depths': (1, 1, 2, 1), 'mlp_ratio': 3., 'window_size': 2})
+    torch.save(swin.state_dict(), tmp_path / 'swin.pth')
+    classifier = timm.create_model('test_elsa_swin', num_classes=num_classes)
+    torch.save(classifier.state_dict(), tmp_path / 'model.pth')
+    model = _backbone(warm_start=str(tmp_path / 'swin.pth'), checkpoint=str(tmp_path / 'model.pth'))
+    block, mine = model.body['layers_2'].blocks[1], classifier.layers[2].blocks[1]
+    assert torch.equal(block.mlp.fc1.weight, swin.layers[2].blocks[1].mlp.fc1.weight)
+    assert torch.equal(block.attn.attn_logits.weight, mine.attn.attn_logits.weight)  # Swin has none
+
+
 def test_other_backbones_of_timm():
     model = _backbone('swin_tiny_patch4_window7_224', model_args=SWIN)
     assert [tuple(m.shape[2:]) for m in model(torch.randn(1, 3, 36, 48))] == [(9, 12), (5, 6), (3, 3), (2, 2)]

@@ -105,6 +105,21 @@ def test_a_forked_process(tmp_path):
     subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True, timeout=120, cwd=root)
 
 
+def test_numba_keeps_its_number_of_threads():
+    code = '''
+        import numba, torch
+        from elsa_models.ops import numba_cpu
+        torch.set_num_threads(2)
+        numba.set_num_threads(3)
+        numba_cpu.forward(torch.randn(2, 32, 32, 32), torch.randn(2, 32, 32, 1, 49), None, None, 7, 1, True)
+        assert numba_cpu._parallel_pid is not None and numba.get_num_threads() == 3
+    '''
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)], check=True, timeout=120, cwd=root,
+        env={**os.environ, 'NUMBA_NUM_THREADS': '3'})
+
+
 def test_part_of_a_projection_is_not_copied(monkeypatch):
     tensors = _draw(C=32)
     wide = torch.randn(2, 9, 11, 96)

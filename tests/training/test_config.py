@@ -137,6 +137,11 @@ def test_yaml_round_trip(tmp_path):
     assert list(yaml.safe_load(path.read_text(encoding='utf-8'))) == [f.name for f in dataclasses.fields(Recipe)]
 
 
+def test_tuples_within_mappings_are_those_of_the_file(tmp_path):
+    recipe = Recipe(model_args=dict(img_size=(48, 56), more=dict(depths=[(1, 2)])), opt_args=dict(betas=(0.8, 0.9)))
+    assert load_recipe(_write(tmp_path / 'r.yaml', recipe.to_yaml())).differences(recipe) == []
+
+
 def test_run_name_follows_the_data(tmp_path):
     assert Recipe().run_name == 'digits'
     assert Recipe(data=str(tmp_path / 'cats')).run_name == 'cats'

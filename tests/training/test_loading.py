@@ -91,6 +91,8 @@ def test_evaluation_sees_every_image_once(size):
     loaders = [EvalLoader(Numbers(8, broken=(2,)), 2, World(CPU, rank, size), missing) for rank in range(size)]
     assert len({len(loader) for loader in loaders}) == 1
     parts = [torch.cat([batch[0] for batch in loader])[:loader.num_valid] for loader in loaders]
+    for loader, part in zip(loaders, parts, strict=True):
+        assert [-1 if i == 2 else i for i in loader.indices] == part.tolist()
     assert loaders[0].merge(parts).tolist() == [0, 1, -1, 3, 4, 5, 6, 7]
 
 

@@ -213,6 +213,16 @@ def test_frozen_modules_and_head_epochs(tmp_path):
         _train(tmp_path / 'd', freeze=('*',))
 
 
+def test_what_a_job_has_frozen_stays_frozen(tmp_path):
+    job = SmallJob(None)
+    job.model.layers[0].requires_grad_(False)
+    before = {k: x.clone() for k, x in job.model.state_dict().items()}
+    after = _weights(_train(tmp_path, job, head_epochs=1, freeze=('layers.1',)))
+    moved = {k for k, x in after.items() if not torch.equal(x, before[k])}
+    assert not any(k.startswith(('layers.0', 'layers.1')) for k in moved)
+    assert any(k.startswith('layers.2') for k in moved)
+
+
 def test_frozen_modules_are_at_rest(tmp_path):
     recipe = _recipe(freeze=('layers',))
     trainer = Trainer(recipe, SmallJob(recipe), WORLD, tmp_path)

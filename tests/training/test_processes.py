@@ -1,7 +1,9 @@
 """Runs as processes of their own: killed and continued, and several that work together."""
 import ast
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -76,7 +78,7 @@ def _kill_and_continue(tmp_path, kills, epochs, *values, job='classification'):
     steps = epochs * JOBS[job][3]
     generator = random.Random(0)
     folder = tmp_path / 'killed' / f'{name}-running' / 'checkpoints'
-    # at ten random steps, and there at any moment within a step
+    # at random steps, and there at any moment within a step
     for target in sorted(generator.sample(range(1, steps), kills)):
         process = _start(tmp_path / 'killed', *arguments, job=job)
         while not (folder / f'step-{target:010d}.pt').exists():
@@ -85,7 +87,7 @@ def _kill_and_continue(tmp_path, kills, epochs, *values, job='classification'):
         time.sleep(generator.uniform(0., 0.1))
         process.kill()
         process.wait()
-        assert (folder / f'step-{target:010d}.pt').exists() or folder.exists()
+        assert process.returncode == -signal.SIGKILL  # it was not at its end
     _train(tmp_path / 'killed', *arguments, job=job)
     assert sorted(p.name for p in (tmp_path / 'killed').iterdir()) == [name]
     _assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
@@ -109,6 +111,19 @@ def test_killed_at_ten_random_moments_the_weights_are_the_same_bits(tmp_path):
 def test_dense_jobs_that_are_killed_twice_end_with_the_same_bits(tmp_path, job, values):
     _need(job)
     _kill_and_continue(tmp_path, 2, 2, *values, job=job)
+
+
+def test_unreadable_images_of_a_repeated_batch_are_counted_once(tmp_path, image_folder):
+    (image_folder / 'red' / '3.png').write_bytes(b'no image')
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+        str(ROOT / 'scripts' / 'validate.py'), '--data', str(image_folder), '--part', 'all', '--no-pretrained',
+        '--num-classes', '2', '--model-args', 'img_size=32', '--batch-size', '16', '--device', 'cpu', '--output',
+        str(tmp_path / 'numbers.json')]
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    subprocess.run(command, check=True, timeout=300, env=env)
+    numbers = json.loads((tmp_path / 'numbers.json').read_text())
+    assert (numbers['images'], numbers['unreadable']) == (15, 1)
 
 
 @pytest.mark.parametrize('arguments', [

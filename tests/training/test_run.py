@@ -19,6 +19,7 @@ from elsa_models.training import (
     OutputError,
     Recipe,
     RecipeError,
+    World,
     load_recipe,
     run_job,
 )
@@ -155,6 +156,18 @@ def test_web_data_set_is_trained_on(tmp_path, shards):
     assert result.metrics['val_images'] == 8 and result.metrics['step'] % 4 == 0
     assert (result.folder / 'confusion.png').exists() and not (result.folder / 'predictions.png').exists()
     assert _weights(_run(tmp_path, name='again', **arguments)) == _weights(result)
+
+
+def test_confusion_of_a_share_of_a_stream_is_not_drawn(tmp_path, shards, caplog):
+    caplog.set_level('INFO')
+    recipe = Recipe(**{
+        **SMALL, 'data': 'wds/shards', 'data_dir': str(shards), 'num_classes': 2, 'limit': 0, 'batch_size': 4,
+        'figures': True})
+    job = ClassificationJob(recipe, World(torch.device('cpu')))
+    job.world = World(torch.device('cpu'), 0, 2)  # nothing is gathered at the end
+    job.finish(job.model.eval(), tmp_path, [dict(epoch=1, train_loss=1., val_loss=1., val_top1=50.)])
+    assert (tmp_path / 'curves.png').exists() and not (tmp_path / 'confusion.png').exists()
+    assert 'confusion.png: not drawn' in caplog.text
 
 
 def test_unreadable_images_are_skipped_and_counted(tmp_path, image_folder, caplog):

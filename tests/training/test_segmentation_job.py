@@ -69,6 +69,7 @@ def test_shapes():
     image, labels = splits.train.read(3)
     assert np.array_equal(labels, _labels(Shapes(8, 48)[3])) and image.size == (48, 48)
     assert splits.val.read(0)[0].tobytes() != splits.train.read(0)[0].tobytes()
+    assert [len(s) for s in load_label_maps(_recipe(limit=6))[:2]] == [6, 5]
 
 
 def test_folders(folder):
@@ -154,9 +155,30 @@ def test_a_run_on_files_with_everything(folder, tmp_path):
 def test_an_image_that_cannot_be_read_does_not_count(folder, tmp_path):
     sorted(folder.glob('images/val*/0.jpg'))[0].write_bytes(b'no image')
     job = SegmentationJob(_recipe(data=str(folder)), World(torch.device('cpu')))
+    for file in folder.glob('*/val*/0.*'):
+        file.unlink()
+    others = SegmentationJob(_recipe(data=str(folder)), World(torch.device('cpu')))
+    assert len(others.splits.val) == 3
     with torch.no_grad():
-        metrics = job.evaluate(job.model.eval())
-    assert 0. <= metrics['miou'] <= 100.
+        assert job.evaluate(job.model.eval()) == others.evaluate(job.model)
+
+
+def test_nothing_to_evaluate_is_an_error(folder):
+    for file in folder.glob('images/val*/*.jpg'):
+        file.write_bytes(b'no image')
+    job = SegmentationJob(_recipe(data=str(folder)), World(torch.device('cpu')))
+    with torch.no_grad(), pytest.raises(DataError, match='none of the images to evaluate on can be read'):
+        job.evaluate(job.model.eval())
+
+
+def test_repeated_images_do_not_count(monkeypatch):
+    job = SegmentationJob(_recipe(), World(torch.device('cpu'), 1, 2))
+    monkeypatch.setattr(World, 'gather', lambda self, value: [value])
+    totals = []
+    monkeypatch.setattr('elsa_models.training.segmentation.segmentation_metrics', totals.append)
+    with torch.no_grad():
+        job.evaluate(job.model.eval())
+    assert len(job._eval_loader) == 3 and totals[0].sum() == 2 * 48 * 48
 
 
 def test_what_is_no_model_is_named(tmp_path):
@@ -169,6 +191,7 @@ def test_what_is_no_model_is_named(tmp_path):
 
 @pytest.mark.parametrize('values, message', [
     (dict(decoder='none'), 'decoder'), (dict(batch_size=1), 'batch_size'), (dict(short_sides=(90, 60)), 'short_sides'),
+    (dict(fsdp=True), 'fsdp'),
     (dict(model_args=dict(patch_size=8)), 'strides'), (dict(decoder_args=dict(no_such=1)), 'decoder_args'),
 ])
 def test_bad_recipes_are_named(values, message):
