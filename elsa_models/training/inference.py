@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .._extras import require
+from ..models._checkpoint import WeightsError
 from .classification import color_mode, create_eval_loader, predict, resolve_images
 from .config import ImageValues, RecipeError, Validation
 from .data import LabelledImages, create_eval_transform, load_splits
@@ -72,6 +73,9 @@ def load_classifier(
             num_classes=num_classes,
             **(model_args or {}),
         )
+    except WeightsError as e:
+        subject = 'model: ' if checkpoint is None else f'checkpoint: {checkpoint!r} cannot be used. '
+        raise RecipeError(f'{subject}{e}\nOr name a file of weights: --checkpoint FILE.') from e
     except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
         raise RecipeError(f'model: {name!r} with model_args {model_args or {}} is not possible. {e}') from e
     model = model.to(device).eval()
