@@ -69,14 +69,21 @@ class ObjectImages(Dataset):
     `transform` maps an image and a dictionary of boxes, labels and masks to the same; None leaves them.
     """
 
-    def __init__(self, source: Union[Shapes, COCO], folder: Optional[Path] = None, limit: int = 0) -> None:
+    def __init__(
+            self,
+            source: Union[Shapes, COCO],
+            folder: Optional[Path] = None,
+            limit: int = 0,
+            need_masks: bool = True,
+    ) -> None:
         """
         Args:
             source: Scenes, or annotations.
             folder: Folder of the images, for annotations.
             limit: Use at most this many images, 0 for all.
+            need_masks: Whether annotations without a mask are an error; otherwise they get their box as one.
         """
-        self.source, self.folder = source, folder
+        self.source, self.folder, self.need_masks = source, folder, need_masks
         self.transform: Optional[v2.Transform] = None
         if isinstance(source, Shapes):
             self.image_ids = list(range(len(source)))
@@ -127,7 +134,11 @@ class ObjectImages(Dataset):
             if box[2] - box[0] < 1 or box[3] - box[1] < 1:
                 continue
             try:
-                mask = self.source.annToMask(a)
+                if a.get('segmentation') or self.need_masks:
+                    mask = self.source.annToMask(a)
+                else:
+                    mask = np.zeros((H, W), dtype=np.uint8)
+                    mask[round(box[1]):round(box[3]), round(box[0]):round(box[2])] = 1
             except Exception as e:  # pycocotools raises bare exceptions
                 raise DataError(f'{file}: annotation {a.get("id")} has a mask that cannot be read ({e}).') from e
             if mask.shape != (H, W):
@@ -195,7 +206,8 @@ def load_objects(recipe: DetectionRecipe) -> Tuple[ObjectImages, ObjectImages]:
             raise DataError(
                 f"data: got {recipe.data!r}, must be 'shapes' or a folder with train2017, val2017 and"
                 f' annotations/instances_train2017.json and annotations/instances_val2017.json, or with train and val.')
-        train, val = (_load_coco(folder, split, recipe.limit) for split in splits[0])
+        need_masks = recipe.detector != 'retinanet'
+        train, val = (_load_coco(folder, split, recipe.limit, need_masks) for split in splits[0])
         if (train.category_ids, train.class_names) != (val.category_ids, val.class_names):
             raise DataError(f'{folder}: the annotations of {splits[0][1]} have other categories than {splits[0][0]}.')
     if recipe.skip_empty:
@@ -206,12 +218,12 @@ def load_objects(recipe: DetectionRecipe) -> Tuple[ObjectImages, ObjectImages]:
     return train, val
 
 
-def _load_coco(folder: Path, split: str, limit: int) -> ObjectImages:
+def _load_coco(folder: Path, split: str, limit: int, need_masks: bool) -> ObjectImages:
     file = folder / 'annotations' / f'instances_{split}.json'
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             coco = COCO(str(file))
-        images = ObjectImages(coco, folder / split, limit)
+        images = ObjectImages(coco, folder / split, limit, need_masks)
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
         raise DataError(f"{file}: cannot be read as annotations in COCO's format ({type(e).__name__}: {e}).") from e
     if not images.category_ids:

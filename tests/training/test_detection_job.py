@@ -140,6 +140,25 @@ def test_files_that_are_no_annotations(coco, tmp_path):
         load_objects(_recipe(data=str(tmp_path / 'nowhere')))
 
 
+def test_boxes_without_masks_are_for_a_retinanet(coco, tmp_path):
+    def change(content):
+        for annotation in content['annotations']:
+            del annotation['segmentation']
+
+    boxes = [load_objects(_recipe(data=str(coco)))[0].read(i).boxes for i in range(4)]
+    for split in ('train2017', 'val2017'):
+        _change(coco, change, split)
+    with pytest.raises(DataError, match='annotation 1 has a mask that cannot be read'):
+        load_objects(_recipe(data=str(coco)))[0].read(0)
+    recipe = _recipe(data=str(coco), detector='retinanet', detector_args={}, output=str(tmp_path / 'output'))
+    images = load_objects(recipe)[0]
+    for i, expected in enumerate(boxes):
+        found = images.read(i)
+        np.testing.assert_array_equal(found.boxes, expected)
+        np.testing.assert_array_equal(boxes_of(found.masks), expected)  # of whole pixels here
+    assert run_job(recipe, DetectionJob).metrics['val_images'] == 4
+
+
 @pytest.mark.parametrize('crop', [0., 1.])
 def test_transforms_move_boxes_and_masks_with_the_image(crop):
     recipe = _recipe(crop_prob=crop, crop_short_sides=(60, 70), crop_range=(30, 40), short_sides=(40, 50, 90))
