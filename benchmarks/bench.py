@@ -1,4 +1,4 @@
-"""Measure models against timm's and the operator against its alternatives: the source of every figure we publish.
+"""Measure models against timm's and the operator against its alternatives: the source of the ratios in README.md.
 
     python benchmarks/bench.py                          # all of it, on the CPU: hours
     python benchmarks/bench.py --quick                  # a subset in minutes
