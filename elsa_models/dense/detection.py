@@ -15,6 +15,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
 
+from ..layers.arguments import check_keys
 from .cascade import CascadeRoIHeads
 from .features import DenseBackbone
 
@@ -148,9 +149,7 @@ def create_detector(
     known = inspect.signature(kind.__init__).parameters.keys() - _GIVEN
     if detector == 'cascade_mask_rcnn':  # each head has its own
         known = known - {'box_fg_iou_thresh', 'box_bg_iou_thresh', 'bbox_reg_weights'}
-    for key in detector_args or {}:  # torchvision takes any, and drops those that it does not know
-        if key not in known:
-            raise ValueError(f'detector_args: got {key!r}, must be one of {", ".join(sorted(known))}.')
+    check_keys('detector_args', detector_args or {}, known)  # torchvision drops those that it does not know
     args = dict(
         min_size=min_size, max_size=max_size, image_mean=mean, image_std=std, _skip_resize=True,
         **(detector_args or {}))

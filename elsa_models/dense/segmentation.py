@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from segmentation_models_pytorch.encoders import encoders
 
+from ..layers.arguments import check_keys
 from ..layers.patch import sizes_are_open
 from .draw import IGNORE
 from .features import DenseBackbone
@@ -126,9 +127,7 @@ class Segmenter(nn.Module):
             del encoders[name]
         # the library hands what it does not know to the encoder, and drops it there
         known = inspect.signature(type(self.net).__init__).parameters.keys() - _GIVEN
-        for key in decoder_args or {}:
-            if key not in known:
-                raise ValueError(f'decoder_args: got {key!r}, must be one of {", ".join(sorted(known))}.')
+        check_keys('decoder_args', decoder_args or {}, known)
         for parent in list(self.net.modules()):
             for key, child in parent.named_children():
                 if isinstance(child, nn.AdaptiveAvgPool2d):

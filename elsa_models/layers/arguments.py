@@ -1,6 +1,6 @@
 """Checks of what is given to constructors and layers: one error that names the culprit."""
 import operator
-from typing import Any, Tuple
+from typing import Any, Collection, Iterable, Tuple
 
 import torch
 
@@ -18,6 +18,17 @@ def whole_number(name: str, value: Any, low: int = 1) -> int:
     if number < low:
         raise ValueError(f'{name}: got {value!r}, must be a whole number of at least {low}.')
     return number
+
+
+def check_keys(name: str, keys: Iterable[str], known: Collection[str]) -> None:
+    """Require that the keys of further arguments are known.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for key in keys:
+        if key not in known:
+            raise ValueError(f'{name}: got {key!r}, must be one of {", ".join(sorted(known))}.')
 
 
 def pair(name: str, value: Any, low: int = 1) -> Tuple[int, int]:

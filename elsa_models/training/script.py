@@ -63,7 +63,8 @@ def train_script(
         status = 2
     except torch.OutOfMemoryError as e:
         print(f'error: {str(e).splitlines()[0]}\n'
-              'amp, accumulate, grad_checkpointing and fsdp take less memory; see docs/finetune.md', file=sys.stderr)
+              'amp, accumulate, grad_checkpointing and, for classifiers, fsdp take less memory; see docs/finetune.md',
+              file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
@@ -104,7 +105,8 @@ def predict_script(
         doc: Of the script.
         extra: A package that it needs, and the extra that brings it.
         add_options: Adds the script's own options to `inputs`, `model`, `output` and `device`.
-        predict: Takes the arguments, of which `output` is a folder that exists, a device, and the images, one by one.
+        predict: Takes the arguments, a device, and the images, one by one; with the first the folder `output`
+            exists.
         argv: Arguments, those of the process if None.
     """
     parser = argparse.ArgumentParser(
@@ -120,6 +122,7 @@ def predict_script(
 
     def pictures(files: List[str]) -> Iterator[Picture]:
         nonlocal status
+        args.output.mkdir(parents=True, exist_ok=True)  # by now the model is loaded
         for file, name in zip(files, unique_names(files), strict=True):
             try:
                 image = decode(Path(file), 'RGB', file)
@@ -133,7 +136,6 @@ def predict_script(
         require(*extra)
         device = join_world(args.device).device
         files = find_images(args.inputs)
-        args.output.mkdir(parents=True, exist_ok=True)
         predict(args, device, pictures(files))
     except (RecipeError, DataError, WeightsError, ValueError, OSError, ImportError) as e:
         print(f'error: {e}', file=sys.stderr)
