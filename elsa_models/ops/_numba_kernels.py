@@ -1,14 +1,33 @@
 """Loops of the Numba backend (see `numba_cpu.py`), compiled at their first call and kept on disk.
 
 Tensors come as addresses, of contiguous memory unless a stride is given, and None where there is none. `vec` is the
-type of vector in which channels are taken, its width a divisor of the channels of a head; `eight` has eight entries
-of the same type. Pixels are numbered through the batch.
+type of vector in which channels are taken, its width a divisor of the channels of a head; `lanes` that in which taps
+are taken, its width a divisor of all taps but the last. Pixels are numbered through the batch.
 """
 import logging
 
 import numba
 
-from ._simd import add, exp, fill, fma, get, largest, load, maximum, mul, put, store, sub, total, width
+from ._simd import (
+    add,
+    bytes_of,
+    exp,
+    fetch,
+    fill,
+    first_entry,
+    fma,
+    get,
+    largest,
+    load,
+    maximum,
+    mul,
+    put,
+    store,
+    sub,
+    total,
+    totals,
+    width,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -25,30 +44,34 @@ def _parallel(function):
     return _compiled(function, parallel=True)
 
 
+def _inline(function):  # 0.95 of the time of a call, which passes vectors through memory
+    return _compiled(function, inline='always')
+
+
 @_compiled
-def _attend(eight, weights, start, logits, at, taps, normalize):
+def _attend(lanes, weights, start, logits, at, taps, normalize):
     """Write the softmax of logits[at:at + taps], or a copy of it, to weights[start:]."""
-    many = taps - 1  # a multiple of 8, as the taps are an odd square
-    last = fill(get(logits, at + many, eight), eight)
+    many = taps - 1
+    last = fill(get(logits, at + many, lanes), lanes)
     if not normalize:
-        for k in range(0, many, 8):
-            store(weights, start + k, load(logits, at + k, eight))
-        put(weights, start + many, get(logits, at + many, eight))
+        for k in range(0, many, width(lanes)):
+            store(weights, start + k, load(logits, at + k, lanes))
+        put(weights, start + many, get(logits, at + many, lanes))
         return
     top = last
-    for k in range(0, many, 8):
-        top = maximum(load(logits, at + k, eight), top)
-    top = fill(largest(top), eight)
+    for k in range(0, many, width(lanes)):
+        top = maximum(load(logits, at + k, lanes), top)
+    top = largest(top)
     last = exp(sub(last, top))
-    sums = mul(last, fill(0.125, eight))
-    for k in range(0, many, 8):
-        e = exp(sub(load(logits, at + k, eight), top))
+    sums = mul(last, fill(1. / width(lanes), lanes))
+    for k in range(0, many, width(lanes)):
+        e = exp(sub(load(logits, at + k, lanes), top))
         store(weights, start + k, e)
         sums = add(sums, e)
-    scale = fill(1 / total(sums), eight)
-    for k in range(0, many, 8):
-        store(weights, start + k, mul(load(weights, start + k, eight), scale))
-    put(weights, start + many, largest(mul(last, scale)))
+    scale = fill(1 / total(sums), lanes)
+    for k in range(0, many, width(lanes)):
+        store(weights, start + k, mul(load(weights, start + k, lanes), scale))
+    put(weights, start + many, first_entry(mul(last, scale)))
 
 
 @_compiled
@@ -65,174 +88,250 @@ def _refine(vec, weight, ghost_mul, ghost_add, at):
 
 
 @_compiled
+def _column(vec, line, x, W, stride):
+    """Channels at column x of a row of the map that begins at address `line`; zeros beside the map."""
+    if 0 <= x < W:
+        return load(line, x * stride, vec)
+    return fill(0., vec)
+
+
+@_inline
+def _sum_inside(vec, p, c, top, bottom, value, stride, weights, ghost_mul, ghost_add, W, C, K, d):
+    """The output of four pixels from p on, d apart, that have no taps beside the map, for the channels from c on."""
+    r, taps, step = K // 2, K * K, d * stride
+    a0, a1, a2, a3 = fill(0., vec), fill(0., vec), fill(0., vec), fill(0., vec)
+    for i in range(top, bottom):
+        at = (p + ((i - r) * W - r) * d) * stride + c
+        for k in range(i * K, (i + 1) * K):
+            m = k * C + c
+            w0 = _refine(vec, get(weights, k, vec), ghost_mul, ghost_add, m)
+            w1 = _refine(vec, get(weights, taps + k, vec), ghost_mul, ghost_add, m)
+            w2 = _refine(vec, get(weights, 2 * taps + k, vec), ghost_mul, ghost_add, m)
+            w3 = _refine(vec, get(weights, 3 * taps + k, vec), ghost_mul, ghost_add, m)
+            a0 = fma(w0, load(value, at, vec), a0)
+            a1 = fma(w1, load(value, at + step, vec), a1)
+            a2 = fma(w2, load(value, at + 2 * step, vec), a2)
+            a3 = fma(w3, load(value, at + 3 * step, vec), a3)
+            at += step
+    return a0, a1, a2, a3
+
+
+@_inline
+def _sum_anywhere(
+        vec, row, x, c, top, bottom, value, stride, weights, turned, ghost_mul, ghost_add, W, C, K, d):
+    """The output of four pixels from column x on, d apart, for the channels from c on.
+
+    Values move on from one pixel to the next, tap by tap. With `turned`, the (first, last, hop) of `_forward_row`,
+    `weights` are those of all pixels and move on likewise.
+    """
+    r, taps, size = K // 2, K * K, bytes_of(vec)
+    b0, b1, b2, b3 = weights, weights + taps * size, weights + 2 * taps * size, weights + 3 * taps * size
+    a0, a1, a2, a3 = fill(0., vec), fill(0., vec), fill(0., vec), fill(0., vec)
+    for i in range(top, bottom):
+        start = (row + (i - r) * d) * W
+        line = value + (start * stride + c) * size
+        u = x - r * d
+        v0 = _column(vec, line, u, W, stride)
+        v1 = _column(vec, line, u + d, W, stride)
+        v2 = _column(vec, line, u + 2 * d, W, stride)
+        if turned is not None:
+            b0 = _seen(weights, start, u, turned, size)
+            b1 = _seen(weights, start, u + d, turned, size)
+            b2 = _seen(weights, start, u + 2 * d, turned, size)
+        for k in range(i * K, (i + 1) * K):
+            v3 = _column(vec, line, u + 3 * d, W, stride)
+            at = k
+            if turned is not None:
+                b3 = _seen(weights, start, u + 3 * d, turned, size)
+                at = taps - 1 - k
+            m = k * C + c
+            a0 = fma(_refine(vec, get(b0, at, vec), ghost_mul, ghost_add, m), v0, a0)
+            a1 = fma(_refine(vec, get(b1, at, vec), ghost_mul, ghost_add, m), v1, a1)
+            a2 = fma(_refine(vec, get(b2, at, vec), ghost_mul, ghost_add, m), v2, a2)
+            a3 = fma(_refine(vec, get(b3, at, vec), ghost_mul, ghost_add, m), v3, a3)
+            v0, v1, v2 = v1, v2, v3
+            if turned is not None:
+                b0, b1, b2 = b1, b2, b3
+            u += d
+    return a0, a1, a2, a3
+
+
+@_compiled
+def _seen(weights, start, x, turned, size):
+    """Address of the weights of the pixel in column x, or in the nearest of those that see one another."""
+    # beside the map any weight serves, for it meets a value of zero; but none of a pixel that the other does not see
+    first, last, hop = turned
+    return weights + (start + min(max(x, first), last)) * hop * size
+
+
+@_compiled
+def _fetch_logits(logits, p, size):
+    """Send for those of four pixels from p on, `size` bytes each: 0.7 of the time where maps exceed the cache."""
+    for n in range(0, 4 * size, 64):
+        fetch(logits + p * size + n)
+
+
+@_compiled
 def _forward_row(
-        vec, eight, row, out, value, stride, logits, ghost_mul, ghost_add, weights, H, W, C, G, K, d, normalize):
-    """One row of the output; ghost matrices are (K * K, C), `weights` has room for 4 K * K numbers."""
-    r, taps = K // 2, K * K
-    y, step = row % H, d * stride
+        vec, lanes, row, out, value, stride, logits, turned, ghost_mul, ghost_add, weights,
+        H, W, C, G, K, d, normalize):
+    """One row of the output; ghost matrices are (K * K, C), `weights` has room for 4 K * K numbers.
+
+    Four pixels, d apart, share the loads of the ghost matrices. Logits may be attention to be `turned` (True or None):
+    a pixel takes for tap k the weight that the pixel there has for tap K * K - 1 - k, which leads back.
+    """
+    r, taps, D, size = K // 2, K * K, C // G, bytes_of(vec)
+    y, hop = row % H, G * taps
     top, bottom = max(0, r - y // d), min(K, r + (H - 1 - y) // d + 1)
-    x = 0
-    while x < W:
-        p = row * W + x
-        # four pixels share the loads of the ghost matrices, where all their taps are inside
-        together = r * d <= x and x + 4 + r * d <= W
-        pixels = 4 if together else 1
-        left, right = max(0, r - x // d), min(K, r + (W - 1 - x) // d + 1)
-        for g in range(G):
-            for q in range(pixels):
-                _attend(eight, weights, q * taps, logits, ((p + q) * G + g) * taps, taps, normalize)
-            for c in range(g * (C // G), (g + 1) * (C // G), width(vec)):
-                if together:
-                    a0, a1, a2, a3 = fill(0., vec), fill(0., vec), fill(0., vec), fill(0., vec)
-                    for i in range(top, bottom):
-                        at = (p + ((i - r) * W - r) * d) * stride + c
-                        for k in range(i * K, (i + 1) * K):
-                            m = k * C + c
-                            w0 = _refine(vec, get(weights, k, vec), ghost_mul, ghost_add, m)
-                            w1 = _refine(vec, get(weights, taps + k, vec), ghost_mul, ghost_add, m)
-                            w2 = _refine(vec, get(weights, 2 * taps + k, vec), ghost_mul, ghost_add, m)
-                            w3 = _refine(vec, get(weights, 3 * taps + k, vec), ghost_mul, ghost_add, m)
-                            a0 = fma(w0, load(value, at, vec), a0)
-                            a1 = fma(w1, load(value, at + stride, vec), a1)
-                            a2 = fma(w2, load(value, at + 2 * stride, vec), a2)
-                            a3 = fma(w3, load(value, at + 3 * stride, vec), a3)
-                            at += step
-                    store(out, p * C + c, a0)
-                    store(out, (p + 1) * C + c, a1)
-                    store(out, (p + 2) * C + c, a2)
-                    store(out, (p + 3) * C + c, a3)
-                else:
-                    a0 = fill(0., vec)
-                    for i in range(top, bottom):
-                        at = (p + ((i - r) * W + left - r) * d) * stride + c
-                        for k in range(i * K + left, i * K + right):
-                            w0 = _refine(vec, get(weights, k, vec), ghost_mul, ghost_add, k * C + c)
-                            a0 = fma(w0, load(value, at, vec), a0)
-                            at += step
-                    store(out, p * C + c, a0)
-        x += pixels
+    for first in range(min(d, W)):
+        last = first + (W - 1 - first) // d * d
+        for x in range(first, W, 4 * d):
+            p = row * W + x
+            pixels = min(4, (last - x) // d + 1)
+            if turned is None:
+                _fetch_logits(logits, p + 4, hop * size)
+            for g in range(G):
+                if turned is None:
+                    for q in range(4):
+                        own = p + min(q, pixels - 1) * d
+                        _attend(lanes, weights, q * taps, logits, own * hop + g * taps, taps, normalize)
+                for c in range(g * D, (g + 1) * D, width(vec)):
+                    if turned is not None:
+                        a0, a1, a2, a3 = _sum_anywhere(
+                            vec, row, x, c, top, bottom, value, stride, logits + g * taps * size, (first, last, hop),
+                            ghost_mul, ghost_add, W, C, K, d)
+                    elif r * d <= x and x + (3 + r) * d < W:
+                        a0, a1, a2, a3 = _sum_inside(
+                            vec, p, c, top, bottom, value, stride, weights, ghost_mul, ghost_add, W, C, K, d)
+                    else:
+                        a0, a1, a2, a3 = _sum_anywhere(
+                            vec, row, x, c, top, bottom, value, stride, weights, None, ghost_mul, ghost_add, W, C, K, d)
+                    _store_some(out, p * C + c, d * C, pixels, a0, a1, a2, a3)
+
+
+@_inline
+def _store_some(out, at, step, count, a0, a1, a2, a3):
+    """Write the first `count` of four vectors, `step` apart."""
+    store(out, at, a0)
+    if count > 1:
+        store(out, at + step, a1)
+    if count > 2:
+        store(out, at + 2 * step, a2)
+    if count > 3:
+        store(out, at + 3 * step, a3)
 
 
 @_compiled
 def _backward_rows(
-        vec, eight, rows, task, grad_logits, spread, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
+        vec, lanes, rows, task, grad_logits, attention, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
         weights, dots, H, W, C, G, K, d, normalize):
-    """Gradients of the logits and, summed over `rows`, of the ghost matrices; attention for the gradient of `value`.
+    """Gradients of the logits and, summed over `rows`, of the ghost matrices.
 
     Args:
         grad_mul, grad_add: (tasks, K * K, C), to which this task adds its sums.
-        spread: (pixels, G, K * K); a weight goes to the pixel that it weighs, as the tap that leads back.
+        attention: (pixels, G, K * K), written for the gradient of `value`.
         weights, dots: Room for 4 K * K numbers each.
     """
-    r, taps = K // 2, K * K
-    step, sums = d * stride, task * taps * C
+    r, taps, D, size = K // 2, K * K, C // G, bytes_of(vec)
+    hop, sums = G * taps, task * taps * C
     for row in range(rows[0], rows[1]):
         y = row % H
         top, bottom = max(0, r - y // d), min(K, r + (H - 1 - y) // d + 1)
-        x = 0
-        while x < W:
-            p = row * W + x
-            together = r * d <= x and x + 4 + r * d <= W
-            pixels = 4 if together else 1
-            left, right = max(0, r - x // d), min(K, r + (W - 1 - x) // d + 1)
-            for g in range(G):
-                for q in range(pixels):
-                    _attend(eight, weights, q * taps, logits, ((p + q) * G + g) * taps, taps, normalize)
-                for k in range(pixels * taps):
-                    put(dots, k, total(fill(0., eight)))
-                for c in range(g * (C // G), (g + 1) * (C // G), width(vec)):
-                    if together:
-                        u0, u1 = load(grad, p * C + c, vec), load(grad, (p + 1) * C + c, vec)
-                        u2, u3 = load(grad, (p + 2) * C + c, vec), load(grad, (p + 3) * C + c, vec)
+        for first in range(min(d, W)):
+            for x in range(first, W, 4 * d):
+                p = row * W + x
+                pixels = min(4, (W - 1 - x) // d + 1)
+                _fetch_logits(logits, p + 4, hop * size)
+                for g in range(G):
+                    for q in range(4):
+                        own = p + min(q, pixels - 1) * d
+                        _attend(lanes, weights, q * taps, logits, own * hop + g * taps, taps, normalize)
+                    for k in range(4 * taps):
+                        put(dots, k, total(fill(0., lanes)))
+                    for c in range(g * D, (g + 1) * D, width(vec)):
+                        at = p * C + c
+                        u0, u1, u2, u3 = load(grad, at, vec), fill(0., vec), fill(0., vec), fill(0., vec)
+                        if pixels > 1:
+                            u1 = load(grad, at + d * C, vec)
+                        if pixels > 2:
+                            u2 = load(grad, at + 2 * d * C, vec)
+                        if pixels > 3:
+                            u3 = load(grad, at + 3 * d * C, vec)
                         for i in range(top, bottom):
-                            at = (p + ((i - r) * W - r) * d) * stride + c
+                            line = value + ((row + (i - r) * d) * W * stride + c) * size
+                            u = x - r * d
+                            v0 = _column(vec, line, u, W, stride)
+                            v1 = _column(vec, line, u + d, W, stride)
+                            v2 = _column(vec, line, u + 2 * d, W, stride)
                             for k in range(i * K, (i + 1) * K):
+                                v3 = _column(vec, line, u + 3 * d, W, stride)
                                 m = k * C + c
-                                v0, v1 = mul(u0, load(value, at, vec)), mul(u1, load(value, at + stride, vec))
-                                v2 = mul(u2, load(value, at + 2 * stride, vec))
-                                v3 = mul(u3, load(value, at + 3 * stride, vec))
+                                e0, e1, e2, e3 = mul(u0, v0), mul(u1, v1), mul(u2, v2), mul(u3, v3)
                                 if grad_add is not None:
-                                    e = add(add(v0, v1), add(v2, v3))
+                                    e = add(add(e0, e1), add(e2, e3))
                                     store(grad_add, sums + m, add(load(grad_add, sums + m, vec), e))
                                 if ghost_mul is not None:
-                                    e = fma(fill(get(weights, taps + k, vec), vec), v1,
-                                            mul(fill(get(weights, k, vec), vec), v0))
-                                    f = fma(fill(get(weights, 3 * taps + k, vec), vec), v3,
-                                            mul(fill(get(weights, 2 * taps + k, vec), vec), v2))
+                                    e = fma(fill(get(weights, taps + k, vec), vec), e1,
+                                            mul(fill(get(weights, k, vec), vec), e0))
+                                    f = fma(fill(get(weights, 3 * taps + k, vec), vec), e3,
+                                            mul(fill(get(weights, 2 * taps + k, vec), vec), e2))
                                     store(grad_mul, sums + m, add(load(grad_mul, sums + m, vec), add(e, f)))
                                     factor = load(ghost_mul, m, vec)
-                                    v0, v1, v2, v3 = mul(v0, factor), mul(v1, factor), mul(v2, factor), mul(v3, factor)
-                                put(dots, k, get(dots, k, vec) + total(v0))
-                                put(dots, taps + k, get(dots, taps + k, vec) + total(v1))
-                                put(dots, 2 * taps + k, get(dots, 2 * taps + k, vec) + total(v2))
-                                put(dots, 3 * taps + k, get(dots, 3 * taps + k, vec) + total(v3))
-                                at += step
-                    else:
-                        u0 = load(grad, p * C + c, vec)
-                        for i in range(top, bottom):
-                            at = (p + ((i - r) * W + left - r) * d) * stride + c
-                            for k in range(i * K + left, i * K + right):
-                                m = k * C + c
-                                v0 = mul(u0, load(value, at, vec))
-                                if grad_add is not None:
-                                    store(grad_add, sums + m, add(load(grad_add, sums + m, vec), v0))
-                                if ghost_mul is not None:
-                                    e = fma(fill(get(weights, k, vec), vec), v0, load(grad_mul, sums + m, vec))
-                                    store(grad_mul, sums + m, e)
-                                    v0 = mul(v0, load(ghost_mul, m, vec))
-                                put(dots, k, get(dots, k, vec) + total(v0))
-                                at += step
-                for q in range(pixels):
-                    own, map_at = q * taps, ((p + q) * G + g) * taps
-                    for i in range(top, bottom):
-                        for j in range(left, right):
-                            k = i * K + j
-                            seen = p + q + ((i - r) * W + j - r) * d
-                            put(spread, (seen * G + g) * taps + taps - 1 - k, get(weights, own + k, vec))
-                    _attend_backward(eight, grad_logits, map_at, weights, dots, own, taps, normalize)
-            x += pixels
+                                    e0, e1, e2, e3 = mul(e0, factor), mul(e1, factor), mul(e2, factor), mul(e3, factor)
+                                t0, t1, t2, t3 = totals(e0, e1, e2, e3)
+                                put(dots, k, get(dots, k, vec) + t0)
+                                put(dots, taps + k, get(dots, taps + k, vec) + t1)
+                                put(dots, 2 * taps + k, get(dots, 2 * taps + k, vec) + t2)
+                                put(dots, 3 * taps + k, get(dots, 3 * taps + k, vec) + t3)
+                                v0, v1, v2 = v1, v2, v3
+                                u += d
+                    for q in range(pixels):
+                        own = p + q * d
+                        _attend(lanes, attention, own * hop + g * taps, weights, q * taps, taps, False)
+                        _attend_backward(
+                            lanes, grad_logits, own * hop + g * taps, weights, dots, q * taps, taps, normalize)
 
 
 @_compiled
-def _attend_backward(eight, grad_logits, at, weights, dots, start, taps, normalize):
+def _attend_backward(lanes, grad_logits, at, weights, dots, start, taps, normalize):
     """Gradient of the softmax `weights` for their gradient `dots`; or a copy of that."""
     many = taps - 1
     if not normalize:
         for k in range(taps):
-            put(grad_logits, at + k, get(dots, start + k, eight))
+            put(grad_logits, at + k, get(dots, start + k, lanes))
         return
-    last = get(weights, start + many, eight)
-    sums = fill(0., eight)
-    for k in range(0, many, 8):
-        sums = fma(load(weights, start + k, eight), load(dots, start + k, eight), sums)
-    mean = total(sums) + last * get(dots, start + many, eight)
-    for k in range(0, many, 8):
-        e = sub(load(dots, start + k, eight), fill(mean, eight))
-        store(grad_logits, at + k, mul(load(weights, start + k, eight), e))
-    put(grad_logits, at + many, last * (get(dots, start + many, eight) - mean))
+    last = get(weights, start + many, lanes)
+    sums = fill(0., lanes)
+    for k in range(0, many, width(lanes)):
+        sums = fma(load(weights, start + k, lanes), load(dots, start + k, lanes), sums)
+    mean = total(sums) + last * get(dots, start + many, lanes)
+    for k in range(0, many, width(lanes)):
+        e = sub(load(dots, start + k, lanes), fill(mean, lanes))
+        store(grad_logits, at + k, mul(load(weights, start + k, lanes), e))
+    put(grad_logits, at + many, last * (get(dots, start + many, lanes) - mean))
 
 
 @_compiled
 def forward(
-        vec, eight, tasks, block, rows, out, value, stride, logits, ghost_mul, ghost_add, scratch, room,
+        vec, lanes, tasks, block, rows, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch, room,
         H, W, C, G, K, d, normalize):
     """All rows of the output, `block` rows to a task, for the tasks of the range `tasks`."""
     for task in range(tasks[0], tasks[1]):
         for row in range(task * block, min(rows, (task + 1) * block)):
             _forward_row(
-                vec, eight, row, out, value, stride, logits, ghost_mul, ghost_add, scratch + task * room,
+                vec, lanes, row, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch + task * room,
                 H, W, C, G, K, d, normalize)
 
 
 @_compiled
 def backward(
-        vec, eight, tasks, block, rows, grad_logits, spread, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
-        scratch, room, H, W, C, G, K, d, normalize):
+        vec, lanes, tasks, block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride, logits,
+        ghost_mul, scratch, room, H, W, C, G, K, d, normalize):
     """All gradients that `_backward_rows` makes, `block` rows to a task, for the tasks of the range `tasks`."""
     for task in range(tasks[0], tasks[1]):
         weights = scratch + task * room
         _backward_rows(
-            vec, eight, (task * block, min(rows, (task + 1) * block)), task, grad_logits, spread, grad_mul, grad_add,
+            vec, lanes, (task * block, min(rows, (task + 1) * block)), task, grad_logits, attention, grad_mul, grad_add,
             grad, value, stride, logits, ghost_mul, weights, weights + room // 2, H, W, C, G, K, d, normalize)
 
 
@@ -241,19 +340,19 @@ def backward(
 
 @_parallel
 def forward_parallel(
-        vec, eight, tasks, block, rows, out, value, stride, logits, ghost_mul, ghost_add, scratch, room,
+        vec, lanes, tasks, block, rows, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch, room,
         H, W, C, G, K, d, normalize):
     for task in numba.prange(tasks[0], tasks[1]):
         forward(
-            vec, eight, (task, task + 1), block, rows, out, value, stride, logits, ghost_mul, ghost_add, scratch, room,
-            H, W, C, G, K, d, normalize)
+            vec, lanes, (task, task + 1), block, rows, out, value, stride, logits, turned, ghost_mul, ghost_add,
+            scratch, room, H, W, C, G, K, d, normalize)
 
 
 @_parallel
 def backward_parallel(
-        vec, eight, tasks, block, rows, grad_logits, spread, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
-        scratch, room, H, W, C, G, K, d, normalize):
+        vec, lanes, tasks, block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride, logits,
+        ghost_mul, scratch, room, H, W, C, G, K, d, normalize):
     for task in numba.prange(tasks[0], tasks[1]):
         backward(
-            vec, eight, (task, task + 1), block, rows, grad_logits, spread, grad_mul, grad_add, grad, value, stride,
+            vec, lanes, (task, task + 1), block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride,
             logits, ghost_mul, scratch, room, H, W, C, G, K, d, normalize)

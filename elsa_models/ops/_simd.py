@@ -49,6 +49,15 @@ def width(typingctx, kind):
 
 
 @intrinsic
+def bytes_of(typingctx, kind):
+    """Size of an entry of the type of vector `kind`."""
+    def lower(context, builder, signature, args):
+        return context.get_constant(types.intp, kind.instance_type.dtype.bitwidth // 8)
+
+    return types.intp(kind), lower
+
+
+@intrinsic
 def get(typingctx, address, index, kind):
     """The number at `index`, of the type that `kind` is made of."""
     vector = kind.instance_type
@@ -67,6 +76,19 @@ def put(typingctx, address, index, scalar):
         return context.get_dummy_value()
 
     return types.none(types.intp, types.intp, scalar), lower
+
+
+@intrinsic
+def fetch(typingctx, address):
+    """Bring the cache line at `address`, for writing or for reading, nearer."""
+    def lower(context, builder, signature, args):
+        word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, 'llvm.prefetch.p0')
+        builder.call(function, [builder.inttoptr(args[0], byte), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.none(types.intp), lower
 
 
 @intrinsic
@@ -153,11 +175,58 @@ def total(typingctx, a):
 
 
 @intrinsic
-def largest(typingctx, a):
-    """The largest entry that is a number."""
+def totals(typingctx, a, b, c, d):
+    """The sums of the entries of four vectors, at less than half the cost of four times `total`."""
     def lower(context, builder, signature, args):
-        function, args = _call(builder, 'vector.reduce.fmax', args[0].type.element, *args)
-        return builder.call(function, args)
+        n = a.width
+        if n % 4:
+            function, _ = _call(builder, 'vector.reduce.fadd', kind, ir.Constant(kind, 0.), args[0])
+            sums = [builder.call(function, [ir.Constant(kind, -0.), x], fastmath=('reassoc',)) for x in args]
+            return context.make_tuple(builder, signature.return_type, sums)
+
+        def pick(x, y, *lanes):
+            return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+        def quads(*lanes):  # of each four entries of two vectors
+            return [i + (lane if lane < 4 else n + lane - 4) for i in range(0, n, 4) for lane in lanes]
+
+        def pairs(x, y):
+            return builder.fadd(pick(x, y, *quads(0, 4, 1, 5)), pick(x, y, *quads(2, 6, 3, 7)))
+
+        x, y = pairs(args[0], args[1]), pairs(args[2], args[3])
+        x = builder.fadd(pick(x, y, *quads(0, 1, 4, 5)), pick(x, y, *quads(2, 3, 6, 7)))
+        parts = [pick(x, x, *range(i, i + 4)) for i in range(0, n, 4)]
+        while len(parts) > 1:
+            parts = [builder.fadd(*parts[i:i + 2]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+        sums = [builder.extract_element(parts[0], ir.Constant(ir.IntType(32), i)) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, sums)
+
+    kind = _llvm(a).element
+    return types.UniTuple(a.dtype, 4)(a, b, c, d), lower
+
+
+@intrinsic
+def largest(typingctx, a):
+    """The largest entry, everywhere; the width must be a power of two."""
+    # LLVM's own reduction goes through the entries one by one, since it passes over what is no number
+    def lower(context, builder, signature, args):
+        x, n = args[0], a.width
+        undefined = ir.Constant(x.type, ir.Undefined)
+        while n > 1:
+            n //= 2
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), a.width), [i ^ n for i in range(a.width)])
+            other = builder.shuffle_vector(x, undefined, lanes)
+            x = builder.select(builder.fcmp_ordered('>', x, other), x, other)
+        return x
+
+    return a(a), lower
+
+
+@intrinsic
+def first_entry(typingctx, a):
+    """The first entry."""
+    def lower(context, builder, signature, args):
+        return builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0))
 
     return a.dtype(a), lower
 

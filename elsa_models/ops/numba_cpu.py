@@ -1,10 +1,11 @@
 """Local attention on a CPU, compiled by Numba, which is a wheel: no compiler is needed.
 
 Forward reads logits and values once and writes the output once; the softmax of a pixel stays in cache between its
-making and its use. Backward makes the softmax again, writes it for the pixels that it weighs, and runs the forward's
-loop over it for the gradient of the values: every sum has one order, whatever the number of threads.
+making and its use. Backward makes the softmax again and keeps that of some samples, over which the forward's loop runs
+for the gradient of the values, turned: every sum has one order, whatever the number of threads.
 Half precisions pass through float32, one chunk of samples at a time.
 """
+import contextlib
 import functools
 import importlib.util
 import os
@@ -19,7 +20,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MISSING = None if importlib.util.find_spec('numba') else 'Numba is not installed (the extra `cpu`)'
 _CHUNK_BYTES = 1 << 23  # of a chunk's attention: what caches may hold
 _SERIAL_PRODUCTS = 1 << 15  # fewer than these are done before another thread has woken
-_BLOCK_PIXELS = 64  # that sum their part of a ghost matrix's gradient in one place
+_BLOCK_PIXELS, _TASKS = 256, 32  # that sum their part of a ghost matrix's gradient in one place; such places at least
 _WIDTHS = (32, 16, 12, 8, 4, 2, 1)  # of vectors, the first for CPUs with AVX-512
 
 _lock = threading.Lock()
@@ -52,11 +53,8 @@ def forward(
     out = value.new_empty(value.shape)
     for chunk in _chunks(logits, whole=value.dtype == dtype):
         v, a = value[chunk].to(dtype), logits[chunk].to(dtype)
-        if out.dtype == dtype:
-            _aggregate(out[chunk], v, a, mul, add, kernel_size, dilation, normalize)
-        else:
-            y = torch.empty_like(out[chunk], dtype=dtype)
-            out[chunk] = _aggregate(y, v, a, mul, add, kernel_size, dilation, normalize)
+        with _written(out[chunk], dtype) as y:
+            _aggregate(y, v, a, mul, add, kernel_size, dilation, normalize)
     return out
 
 
@@ -76,26 +74,38 @@ def backward(
     turned_mul, turned_add = (None if x is None else x.flip(0) for x in (mul, add))
     grad_value, grad_logits = value.new_empty(value.shape), logits.new_empty(logits.shape)
     grad_mul, grad_add = (None if x is None else torch.zeros_like(x) for x in (mul, add))
+    room, sums_mul, sums_add = None, None, None
     _, H, W, C = value.shape
     for chunk in _chunks(logits):
         g, v, a = grad[chunk].to(dtype).contiguous(), value[chunk].to(dtype), logits[chunk].to(dtype).contiguous()
         v, stride = _with_pixel_stride(v)
-        G, rows, block = a.shape[3], a.shape[0] * H, max(1, _BLOCK_PIXELS // W)
-        tasks = -(-rows // block)
-        ga, spread = torch.empty_like(a), torch.empty_like(a)
-        sums_mul, sums_add = (None if x is None else x.new_zeros(tasks, taps, C) for x in (mul, add))
-        scratch = a.new_empty(tasks, 8 * taps)
-        _run(
-            'backward', a.numel() * C // G, *_vectors(dtype, C // G), (0, tasks), block, rows,
-            ga, spread, sums_mul, sums_add, g, v, stride, a, mul, scratch, scratch.stride(0) * scratch.element_size(),
-            H, W, C, G, kernel_size, dilation, normalize)
-        grad_logits[chunk] = ga
-        for total, sums in ((grad_mul, sums_mul), (grad_add, sums_add)):
+        G, rows = a.shape[3], a.shape[0] * H
+        if room is None:  # the first chunk is the largest
+            block = max(1, min(rows // _TASKS, _BLOCK_PIXELS // W))
+            tasks = -(-rows // block)
+            room, scratch = torch.empty_like(a), a.new_empty(tasks, 8 * taps)
+            sums_mul, sums_add = (None if x is None else x.new_empty(tasks, taps, C) for x in (mul, add))
+        attention, tasks = room[:a.shape[0]], -(-rows // block)
+        sums = [None if x is None else x[:tasks].zero_() for x in (sums_mul, sums_add)]
+        with _written(grad_value[chunk], dtype) as gv, _written(grad_logits[chunk], dtype) as ga:
+            _run(
+                'backward', a.numel() * C // G, *_vectors(dtype, C // G, taps), (0, tasks), block, rows,
+                ga, attention, *sums, g, v, stride, a, mul, scratch, scratch.stride(0) * scratch.element_size(),
+                H, W, C, G, kernel_size, dilation, normalize)
+            _aggregate(gv, g, attention, turned_mul, turned_add, kernel_size, dilation, normalize=False, turned=True)
+        for total, x in zip((grad_mul, grad_add), sums):
             if total is not None:
-                total += sums.sum(dim=0)
-        grad_value[chunk] = _aggregate(
-            torch.empty_like(g), g, spread, turned_mul, turned_add, kernel_size, dilation, normalize=False)
+                total += x.sum(dim=0)
     return grad_value, grad_logits, _by_channel(grad_mul, ghost_mul), _by_channel(grad_add, ghost_add)
+
+
+@contextlib.contextmanager
+def _written(x: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A tensor of type `dtype` whose numbers are in `x` in the end: `x` itself if it has that type."""
+    y = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    yield y
+    if y is not x:
+        x.copy_(y)
 
 
 def _by_tap(ghost: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch.Tensor]:
@@ -131,26 +141,26 @@ def _aggregate(
         K: int,
         d: int,
         normalize: bool,
-) -> torch.Tensor:
+        turned: bool = False,
+) -> None:
     B, H, W, C = value.shape
     G = logits.shape[3]
     value, stride = _with_pixel_stride(value)
     scratch = logits.new_empty(B * H, 4 * K * K)
     _run(
-        'forward', logits.numel() * C // G, *_vectors(value.dtype, C // G), (0, B * H), 1, B * H,
-        out, value, stride, logits.contiguous(), mul, add, scratch, scratch.stride(0) * scratch.element_size(),
-        H, W, C, G, K, d, normalize)
-    return out
+        'forward', logits.numel() * C // G, *_vectors(value.dtype, C // G, K * K), (0, B * H), 1, B * H,
+        out, value, stride, logits.contiguous(), turned or None, mul, add,
+        scratch, scratch.stride(0) * scratch.element_size(), H, W, C, G, K, d, normalize)
 
 
-def _vectors(dtype: torch.dtype, channels: int):
-    """The types of vector that kernels take: of channels, and of eight."""
+def _vectors(dtype: torch.dtype, channels: int, taps: int):
+    """The types of vector that kernels take: of channels, and of taps, K * K - 1 of which are a multiple of 8."""
     from numba import types
 
     from ._simd import Vector
     scalar = types.float64 if dtype == torch.float64 else types.float32
     width = next(w for w in _WIDTHS if channels % w == 0 and w <= _widest())
-    return Vector(scalar, width), Vector(scalar, 8)
+    return Vector(scalar, width), Vector(scalar, 16 if _widest() == 32 and taps % 16 == 1 else 8)
 
 
 @functools.cache
