@@ -153,6 +153,7 @@ def _aggregate(
         scratch, scratch.stride(0) * scratch.element_size(), H, W, C, G, K, d, normalize)
 
 
+@functools.cache
 def _vectors(dtype: torch.dtype, channels: int, taps: int):
     """The types of vector that kernels take: of channels, and of taps, K * K - 1 of which are a multiple of 8."""
     from numba import types
