@@ -348,6 +348,7 @@ def main() -> None:
         make = make_model_step if args.memory_of['kind'] == 'model' else make_op_step
         harness.print_peak_memory(lambda: make(args.memory_of, args), args.device)
         return
+    harness.keep_freed_memory()
     for what, bench, sweep in (('ops', bench_ops, OP_SWEEP), ('models', bench_models, MODEL_SWEEP)):
         if args.what in ('all', what):
             bench(args)
