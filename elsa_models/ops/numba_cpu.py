@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 import threading
-from typing import Iterator, Optional, Tuple
+from typing import Callable, Iterator, Optional, Tuple
 
 import torch
 
@@ -175,19 +175,29 @@ def _run(kernel: str, products: int, *args) -> None:
     """Call a kernel with tensors as addresses, on as many threads as PyTorch has."""
     global _parallel_pid
     import numba
-
-    from . import _numba_kernels as kernels
     addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
+    kinds = tuple(map(type, addresses[2:]))
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
     forked = _parallel_pid not in (None, os.getpid())  # the threads stayed with the parent
     if threads == 1 or forked or products < _SERIAL_PRODUCTS:
-        getattr(kernels, kernel)(*addresses)
+        _entry_point(kernel, *addresses[:2], kinds)(*addresses)
         return
+    run = _entry_point(f'{kernel}_parallel', *addresses[:2], kinds)
     with _lock:  # Numba's simplest pool of threads serves one caller at a time
         _parallel_pid = os.getpid()
         former = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
-            getattr(kernels, f'{kernel}_parallel')(*addresses)
+            run(*addresses)
         finally:
             numba.set_num_threads(former)
+
+
+@functools.cache
+def _entry_point(kernel: str, vec, lanes, kinds: Tuple[type, ...]) -> Callable:
+    """The code of a kernel for arguments of these types: Numba would look at each of them again at every call."""
+    from numba import typeof, types
+
+    from . import _numba_kernels as kernels
+    known = {int: types.int64, bool: types.boolean, type(None): types.none, tuple: types.UniTuple(types.int64, 2)}
+    return getattr(kernels, kernel).compile((typeof(vec), typeof(lanes), *(known[k] for k in kinds)))
