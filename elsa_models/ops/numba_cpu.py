@@ -51,10 +51,12 @@ def forward(
     dtype = compute_dtype(value)
     mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
     out = value.new_empty(value.shape)
-    for chunk in _chunks(logits, whole=value.dtype == dtype):
-        v, a = value[chunk].to(dtype), logits[chunk].to(dtype)
+    if value.dtype == dtype:
+        _aggregate(out, value, logits, mul, add, kernel_size, dilation, normalize)
+        return out
+    for chunk in _chunks(logits):
         with _written(out[chunk], dtype) as y:
-            _aggregate(y, v, a, mul, add, kernel_size, dilation, normalize)
+            _aggregate(y, value[chunk].to(dtype), logits[chunk].to(dtype), mul, add, kernel_size, dilation, normalize)
     return out
 
 
@@ -109,16 +111,20 @@ def _written(x: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
 
 
 def _by_tap(ghost: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch.Tensor]:
-    return None if ghost is None else ghost.to(dtype).flatten(1).t().contiguous()  # K * K, C
+    if ghost is None:
+        return None
+    if ghost.dtype != dtype:
+        ghost = ghost.to(dtype)
+    return ghost.flatten(1).t().contiguous()  # K * K, C
 
 
 def _by_channel(grad: Optional[torch.Tensor], ghost: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     return None if grad is None else grad.t().contiguous().view(ghost.shape).to(ghost.dtype)
 
 
-def _chunks(logits: torch.Tensor, whole: bool = False) -> Iterator[slice]:
+def _chunks(logits: torch.Tensor) -> Iterator[slice]:
     B = logits.shape[0]
-    step = max(1, B if whole else _CHUNK_BYTES * B // max(1, 4 * logits.numel()))
+    step = max(1, _CHUNK_BYTES * B // max(1, 4 * logits.numel()))
     for start in range(0, B, step):
         yield slice(start, min(start + step, B))
 
