@@ -162,11 +162,18 @@ def describe_machine(args: argparse.Namespace) -> Dict[str, str]:
         info = Path('/proc/cpuinfo')
         cpu = [x for x in info.read_text().splitlines() if x.startswith('model name')] if info.exists() else []
         hardware = (cpu[0].partition(':')[2].strip() if cpu else platform.machine()) + f', {args.threads} threads'
-    commit = subprocess.run(
-        ['git', 'describe', '--always', '--dirty'], cwd=Path(__file__).parent, capture_output=True, text=True)
     return dict(
-        date=datetime.date.today().isoformat(), commit=commit.stdout.strip(), hardware=hardware,
+        date=datetime.date.today().isoformat(), commit=_commit(), hardware=hardware,
         torch=torch.__version__, timm=timm.__version__, device=args.device, dtype=args.dtype)
+
+
+def _commit() -> str:
+    """Of this checkout, marked where anything but the results differs from it."""
+    def git(*args: str) -> str:
+        done = subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return git('describe', '--always') + ('-dirty' if git('status', '--porcelain', '-uno', ':/', ':!results') else '')
 
 
 def read(path: Path) -> List[Dict[str, str]]:
