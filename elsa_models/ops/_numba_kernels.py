@@ -2,7 +2,8 @@
 
 Tensors come as addresses, of contiguous memory unless a stride is given, and None where there is none. `vec` is the
 type of vector in which channels are taken, its width a divisor of the channels of a head; `lanes` that in which taps
-are taken, its width a divisor of all taps but the last. Pixels are numbered through the batch.
+are taken, its width a divisor of all taps but the last. Pixels are numbered through the batch. Taps in rows beside the
+map are passed over; those in columns beside it meet a zero, and what is no number may show there.
 """
 import logging
 
@@ -97,7 +98,10 @@ def _column(vec, line, x, W, stride):
 
 @_inline
 def _sum_inside(vec, p, c, top, bottom, value, stride, weights, ghost_mul, ghost_add, W, C, K, d):
-    """The output of four pixels from p on, d apart, that have no taps beside the map, for the channels from c on."""
+    """The output of four pixels from p on, d apart, that have no taps beside the map, for the channels from c on.
+
+    `_sum_anywhere` would do, in 1.2 times the time where registers are the 16 of AVX2.
+    """
     r, taps, step = K // 2, K * K, d * stride
     a0, a1, a2, a3 = fill(0., vec), fill(0., vec), fill(0., vec), fill(0., vec)
     for i in range(top, bottom):
@@ -166,7 +170,7 @@ def _seen(weights, start, x, turned, size):
 
 @_compiled
 def _fetch_logits(logits, p, size):
-    """Send for those of four pixels from p on, `size` bytes each: 0.7 of the time where maps exceed the cache."""
+    """Send for those of four pixels from p on, `size` bytes each: 0.7 to 0.9 of the time where maps exceed caches."""
     for n in range(0, 4 * size, 64):
         fetch(logits + p * size + n)
 

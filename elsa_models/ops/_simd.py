@@ -80,7 +80,7 @@ def put(typingctx, address, index, scalar):
 
 @intrinsic
 def fetch(typingctx, address):
-    """Bring the cache line at `address`, for writing or for reading, nearer."""
+    """Bring the cache line at `address` nearer; it may lie anywhere."""
     def lower(context, builder, signature, args):
         word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])

@@ -18,9 +18,10 @@ from .eager import Grads, compute_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MISSING = None if importlib.util.find_spec('numba') else 'Numba is not installed (the extra `cpu`)'
-_CHUNK_BYTES = 1 << 23  # of a chunk's attention: what caches may hold
+_CHUNK_BYTES = 1 << 23  # of a chunk's attention in float32: what caches may hold
 _SERIAL_PRODUCTS = 1 << 15  # fewer than these are done before another thread has woken
-_BLOCK_PIXELS, _TASKS = 256, 32  # that sum their part of a ghost matrix's gradient in one place; such places at least
+_BLOCK_PIXELS = 256  # at most, whose parts of a ghost matrix's gradient are summed in one place
+_TASKS = 32  # at least, where there are as many rows, each with a place of its own for such sums
 _WIDTHS = (32, 16, 12, 8, 4, 2, 1)  # of vectors, the first for CPUs with AVX-512
 
 _lock = threading.Lock()
@@ -155,7 +156,7 @@ def _aggregate(
     scratch = logits.new_empty(B * H, 4 * K * K)
     _run(
         'forward', logits.numel() * C // G, *_vectors(value.dtype, C // G, K * K), (0, B * H), 1, B * H,
-        out, value, stride, logits.contiguous(), turned or None, mul, add,
+        out, value, stride, logits.contiguous(), turned or None, mul, add,  # None: compiled without
         scratch, scratch.stride(0) * scratch.element_size(), H, W, C, G, K, d, normalize)
 
 
@@ -188,9 +189,9 @@ def _run(kernel: str, products: int, *args) -> None:
     if threads == 1 or forked or products < _SERIAL_PRODUCTS:
         _entry_point(kernel, *addresses[:2], kinds)(*addresses)
         return
-    run = _entry_point(f'{kernel}_parallel', *addresses[:2], kinds)
     with _lock:  # Numba's simplest pool of threads serves one caller at a time
-        _parallel_pid = os.getpid()
+        _parallel_pid = os.getpid()  # before the threads, which loading starts
+        run = _entry_point(f'{kernel}_parallel', *addresses[:2], kinds)
         former = numba.get_num_threads()
         numba.set_num_threads(threads)
         try:
