@@ -163,13 +163,17 @@ def maximum(typingctx, a, b):
     return a(a, b), lower
 
 
+def _total(builder, x):
+    element = x.type.element
+    function, _ = _call(builder, 'vector.reduce.fadd', element, ir.Constant(element, 0.), x)
+    return builder.call(function, [ir.Constant(element, -0.), x], fastmath=('reassoc',))
+
+
 @intrinsic
 def total(typingctx, a):
     """Sum of the entries, in an order that LLVM chooses."""
     def lower(context, builder, signature, args):
-        element = args[0].type.element
-        function, _ = _call(builder, 'vector.reduce.fadd', element, ir.Constant(element, 0.), args[0])
-        return builder.call(function, [ir.Constant(element, -0.), args[0]], fastmath=('reassoc',))
+        return _total(builder, args[0])
 
     return a.dtype(a), lower
 
@@ -180,9 +184,7 @@ def totals(typingctx, a, b, c, d):
     def lower(context, builder, signature, args):
         n = a.width
         if n % 4:
-            function, _ = _call(builder, 'vector.reduce.fadd', kind, ir.Constant(kind, 0.), args[0])
-            sums = [builder.call(function, [ir.Constant(kind, -0.), x], fastmath=('reassoc',)) for x in args]
-            return context.make_tuple(builder, signature.return_type, sums)
+            return context.make_tuple(builder, signature.return_type, [_total(builder, x) for x in args])
 
         def pick(x, y, *lanes):
             return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
@@ -201,7 +203,6 @@ def totals(typingctx, a, b, c, d):
         sums = [builder.extract_element(parts[0], ir.Constant(ir.IntType(32), i)) for i in range(4)]
         return context.make_tuple(builder, signature.return_type, sums)
 
-    kind = _llvm(a).element
     return types.UniTuple(a.dtype, 4)(a, b, c, d), lower
 
 

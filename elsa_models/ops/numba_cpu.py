@@ -114,7 +114,7 @@ def _written(x: torch.Tensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
 def _by_tap(ghost: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch.Tensor]:
     if ghost is None:
         return None
-    if ghost.dtype != dtype:
+    if ghost.dtype != dtype:  # a call that is not made: this stands before every kernel
         ghost = ghost.to(dtype)
     return ghost.flatten(1).t().contiguous()  # K * K, C
 
