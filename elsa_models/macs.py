@@ -14,12 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ._modes import evaluating
 from .layers import ElsaAttention
-from .ops import get_backend, set_backend
-
-
-def _local_attention_flops(value_shape, logits_shape, *args, out_shape=None, **kwargs) -> int:
-    B, H, W, C = value_shape
-    return 2 * 2 * logits_shape[-1] * C * B * H * W  # two operations each
 
 
 def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Dict[str, int]:
@@ -46,8 +40,7 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
     dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), None)
     tensors = {k: torch.empty_like(x, device='meta') for k, x in tensors.items()}
     x = torch.empty(1, *input_size, device='meta', dtype=dtype)
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.elsa_models.local_attention: _local_attention_flops})
+    counter = FlopCounterMode(display=False)
     hadamard = 0
 
     def count_hadamard(module, args, output):
@@ -55,15 +48,12 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
         hadamard += args[0].shape[:-1].numel() * module.split_dims[0]
 
     hooks = [m.register_forward_hook(count_hadamard) for m in model.modules() if isinstance(m, ElsaAttention)]
-    backend = get_backend()
     try:
-        set_backend('torch')  # the one that takes tensors of every device
         with evaluating(model), torch.no_grad(), counter:
             torch.func.functional_call(model, tensors, (x,))
     finally:
         for hook in hooks:
             hook.remove()
-        set_backend(backend)
     by_op = {str(op): flops // 2 for op, flops in counter.get_flop_counts()['Global'].items()}
     return {**by_op, 'hadamard': hadamard} if hooks else by_op
 

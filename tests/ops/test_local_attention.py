@@ -1,6 +1,6 @@
 """Every backend, and the traceable form, against the formula in float64.
 
-A backend that enters `_BACKENDS` is tested by everything below that takes `form` or `backend`, on each device that it
+A backend that the operator has is tested by everything below that takes `form` or `backend`, on each device that it
 serves.
 """
 import itertools
@@ -16,7 +16,6 @@ import torch.nn as nn
 from helpers import assert_near, max_error, rms_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elsa_models import ops
 from elsa_models.ops import (
     available_backends,
     explain_backend,
@@ -26,6 +25,7 @@ from elsa_models.ops import (
     local_attention_reference,
     set_backend,
 )
+from elsa_models.ops.local_attention.api import OPERATOR
 
 NAMES = ('output', 'value.grad', 'logits.grad', 'ghost_mul.grad', 'ghost_add.grad')
 GHOSTS = ('', 'm', 'a', 'ma')  # multiplied, added
@@ -475,7 +475,7 @@ def test_memory_stays_small(backend, shape, heads, kernel_size, ghosts):
     tensors = _draw(shape, heads, kernel_size, ghosts, torch.float32, backend.device)
     grad = torch.randn_like(tensors[0])
     forbidden = torch.Size(shape).numel() * kernel_size ** 2
-    served = ops._BACKENDS[backend.name]
+    served = OPERATOR.backends[backend.name]
     with _LargestTensor() as seen:  # inside the operator, which a mode around it would see as one call
         served.forward(*tensors, kernel_size, 1, True)
         served.backward(grad, *tensors, kernel_size, 1, True)
@@ -679,14 +679,14 @@ def test_compile(backend, ghosts, fresh_compiler):
 
 def test_compile_follows_the_choice_of_backend(monkeypatch, restore_backend, fresh_compiler):
     served = []
-    torch_backend = ops._BACKENDS['torch']
+    torch_backend = OPERATOR.backends['torch']
 
     def forward(*args):
         served.append(args)
         return torch_backend.forward(*args)
 
     other = types.SimpleNamespace(refuse=lambda value: None, forward=forward, backward=torch_backend.backward)
-    monkeypatch.setattr(ops, '_BACKENDS', {'torch': torch_backend, 'other': other})
+    monkeypatch.setattr(OPERATOR, 'backends', {'torch': torch_backend, 'other': other})
     value, logits, _, _ = _draw()
     compiled = torch.compile(lambda v, a: local_attention(v, a, 3), fullgraph=True, backend='aot_eager')
     expected = compiled(value, logits)
@@ -901,7 +901,8 @@ def test_torch_serves_everything(device, dtype):
 def test_auto_takes_the_first_that_serves(monkeypatch, restore_backend):
     refusing, serving = _fake('no such luck'), _fake()
     value, logits, _, _ = _draw()
-    monkeypatch.setattr(ops, '_BACKENDS', {'refusing': refusing, 'serving': serving, 'torch': ops._BACKENDS['torch']})
+    torch_backend = OPERATOR.backends['torch']
+    monkeypatch.setattr(OPERATOR, 'backends', {'refusing': refusing, 'serving': serving, 'torch': torch_backend})
     set_backend('auto')
     assert (local_attention(value, logits, 3) == 3).all()
     assert len(serving.calls) == 1 and not refusing.calls
@@ -912,7 +913,7 @@ def test_auto_takes_the_first_that_serves(monkeypatch, restore_backend):
 
 
 def test_a_forced_backend_says_why_it_refuses(monkeypatch, restore_backend):
-    monkeypatch.setattr(ops, '_BACKENDS', {'refusing': _fake('no such luck'), **ops._BACKENDS})
+    monkeypatch.setattr(OPERATOR, 'backends', {'refusing': _fake('no such luck'), **OPERATOR.backends})
     set_backend('refusing')
     value, logits, _, _ = _draw()
     with pytest.raises(RuntimeError, match=r"'refusing' was forced but cannot serve: no such luck"):

@@ -13,8 +13,9 @@ from helpers import assert_near
 
 pytest.importorskip('numba', reason='the extra `cpu`')
 
-from elsa_models import ops  # noqa: E402
-from elsa_models.ops import eager, numba_cpu  # noqa: E402
+from elsa_models.ops import _numba  # noqa: E402
+from elsa_models.ops.local_attention import eager, numba as numba_cpu  # noqa: E402
+from elsa_models.ops.local_attention.api import OPERATOR  # noqa: E402
 
 NAMES = ('output', 'value.grad', 'logits.grad', 'ghost_mul.grad', 'ghost_add.grad')
 
@@ -69,10 +70,10 @@ def test_widths_around_the_four_pixels(W, K, d):
 @pytest.fixture(params=[16, 32])
 def widest(request, monkeypatch):
     """Vectors as for CPUs without and with AVX-512; LLVM compiles either for any."""
-    monkeypatch.setattr(numba_cpu, '_widest', lambda: request.param)
-    numba_cpu._vectors.cache_clear()
+    monkeypatch.setattr(_numba, '_widest', lambda: request.param)
+    _numba.vectors.cache_clear()
     yield
-    numba_cpu._vectors.cache_clear()
+    _numba.vectors.cache_clear()
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)], ids=str)
@@ -108,12 +109,13 @@ def test_many_threads_call_at_once(threads):
 def test_a_forked_process(tmp_path):
     code = '''
         import os, torch
-        from elsa_models.ops import numba_cpu
+        from elsa_models.ops import _numba
+        from elsa_models.ops.local_attention import numba as numba_cpu
         torch.set_num_threads(2)
         value, logits = torch.randn(2, 32, 32, 32), torch.randn(2, 32, 32, 1, 49)
         call = lambda: numba_cpu.forward(value, logits, None, None, 7, 1, True)
         expected = call()
-        assert numba_cpu._parallel_pid == os.getpid()
+        assert _numba._parallel_pid == os.getpid()
         pid = os.fork()
         if pid == 0:
             os._exit(0 if (call().numpy() == expected.numpy()).all() else 3)  # no threads of PyTorch's either
@@ -127,11 +129,12 @@ def test_a_forked_process(tmp_path):
 def test_numba_keeps_its_number_of_threads():
     code = '''
         import numba, torch
-        from elsa_models.ops import numba_cpu
+        from elsa_models.ops import _numba
+        from elsa_models.ops.local_attention import numba as numba_cpu
         torch.set_num_threads(2)
         numba.set_num_threads(3)
         numba_cpu.forward(torch.randn(2, 32, 32, 32), torch.randn(2, 32, 32, 1, 49), None, None, 7, 1, True)
-        assert numba_cpu._parallel_pid is not None and numba.get_num_threads() == 3
+        assert _numba._parallel_pid is not None and numba.get_num_threads() == 3
     '''
     root = Path(__file__).parents[2]
     subprocess.run(
@@ -144,7 +147,7 @@ def test_part_of_a_projection_is_not_copied(monkeypatch):
     wide = torch.randn(2, 9, 11, 96)
     wide[..., 40:72] = tensors[0]
     part = wide[..., 40:72]
-    value, stride = numba_cpu._with_pixel_stride(part)
+    value, stride = _numba.with_pixel_stride(part)
     assert value is part and stride == 96
     for a, b in zip(_all(numba_cpu, [part, *tensors[1:]]), _all(numba_cpu, tensors), strict=True):
         assert torch.equal(a, b)
@@ -233,9 +236,9 @@ def test_why_it_refuses(monkeypatch):
     assert numba_cpu.refuse(torch.empty(1)) is None
     assert 'meta' in numba_cpu.refuse(torch.empty(1, device='meta'))
     assert 'dtype' in numba_cpu.refuse(torch.empty(1, dtype=torch.complex64))
-    monkeypatch.setattr(numba_cpu, '_MISSING', 'Numba is not installed')
+    monkeypatch.setattr(_numba, '_MISSING', 'Numba is not installed')
     assert 'not installed' in numba_cpu.refuse(torch.empty(1))
-    assert ops._select(torch.empty(1)) == 'torch'
+    assert OPERATOR.select(torch.empty(1)) == 'torch'
 
 
 FAULTS = [
@@ -282,13 +285,13 @@ FAULTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize('fault', [None, *range(len(FAULTS))])
 def test_a_fault_in_a_kernel_is_caught(fault, tmp_path):
-    text = (Path(ops.__file__).parent / '_numba_kernels.py').read_text()
+    text = Path(numba_cpu.__file__).with_name('numba_kernels.py').read_text()
     if fault is not None:
         old, new = FAULTS[fault]
         assert old in text
         text = text.replace(old, new)
     copy = tmp_path / 'faulty.py'
-    copy.write_text(text.replace('from ._simd', 'from elsa_models.ops._simd'))
+    copy.write_text(text.replace('from .._simd', 'from elsa_models.ops._simd'))
     # in a process of its own: a fault may write where it should not
     tests = Path(__file__).parents[1]
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tests), str(tests.parent)])}
@@ -302,7 +305,7 @@ def test_a_fault_in_a_kernel_is_caught(fault, tmp_path):
 def _check_kernels(path):
     spec = importlib.util.spec_from_file_location('faulty', path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules['faulty'] = sys.modules['elsa_models.ops._numba_kernels'] = ops._numba_kernels = module
+    sys.modules['faulty'] = sys.modules[numba_cpu._KERNELS] = module
     spec.loader.exec_module(module)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # what is allocated is filled with NaN

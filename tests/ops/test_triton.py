@@ -16,9 +16,10 @@ import pytest
 import torch
 from helpers import assert_near
 
-from elsa_models import ops
-from elsa_models.ops import local_attention_reference, triton_backend
-from elsa_models.ops.triton_backend import Blocks
+from elsa_models.ops import local_attention, local_attention_reference
+from elsa_models.ops.local_attention import triton as triton_backend
+from elsa_models.ops.local_attention.api import OPERATOR
+from elsa_models.ops.local_attention.triton import Blocks
 
 pytest.importorskip('triton')
 HERE = Path(__file__).parent
@@ -223,7 +224,7 @@ class TestOnGpu:
 
     def test_is_chosen(self):
         value = torch.empty(1, 1, 1, 1, device='cuda')
-        assert ops._select(value) == 'triton'
+        assert OPERATOR.select(value) == 'triton'
 
     def test_blocks_are_timed_once(self, monkeypatch):
         monkeypatch.setattr(triton_backend, '_chosen', {})
@@ -261,10 +262,10 @@ class TestOnGpu:
 
     def test_compiled_with_cuda_graphs(self):
         _, value, logits, mul, add = _tensors(CASES[0], torch.float32)
-        compiled = torch.compile(ops.local_attention, mode='reduce-overhead', fullgraph=True)
+        compiled = torch.compile(local_attention, mode='reduce-overhead', fullgraph=True)
         for _ in range(3):
             y = compiled(value, logits, 3, 1, mul, add)
-        assert_near(y, ops.local_attention(value, logits, 3, 1, mul, add), 1e-5)
+        assert_near(y, local_attention(value, logits, 3, 1, mul, add), 1e-5)
 
 
 # the interpreter

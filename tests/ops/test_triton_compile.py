@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Tuple
 import pytest
 import torch
 
-from elsa_models.ops import triton_backend
+from elsa_models.ops.local_attention import triton as triton_backend
 
 triton = pytest.importorskip('triton')
 pytestmark = pytest.mark.skipif(triton_backend._INTERPRET, reason='the interpreter compiles nothing')
@@ -59,7 +59,7 @@ def _compile(launch: Launch, capability: int) -> Tuple[int, int, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from elsa_models.ops import triton_kernels
+    from elsa_models.ops.local_attention import triton_kernels
     name, args, kwargs = launch
     kernel = getattr(triton_kernels, name)
     given = dict(zip(kernel.arg_names, args))

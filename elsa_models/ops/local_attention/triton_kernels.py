@@ -1,4 +1,4 @@
-"""The Triton kernels of local attention. `triton_backend.py` launches them; importing this module needs Triton.
+"""The Triton kernels of local attention. `triton.py` launches them; importing this module needs Triton.
 
 A program works on one tile of pixels, at most BP of them in a rectangle of TH x TW, and on one block of BC channels
 within one head. Logits, values and gradients are read through any strides; outputs are contiguous.

@@ -1,4 +1,4 @@
-"""Loops of the Numba backend (see `numba_cpu.py`), compiled at their first call and kept on disk.
+"""Loops of the Numba backend (see `numba.py`), compiled at their first call and kept on disk.
 
 Tensors come as addresses, of contiguous memory unless a stride is given, and None where there is none. `vec` is the
 type of vector in which channels are taken, its width a divisor of the channels of a head; `lanes` that in which taps
@@ -9,7 +9,7 @@ import logging
 
 import numba
 
-from ._simd import (
+from .._simd import (
     add,
     bytes_of,
     exp,

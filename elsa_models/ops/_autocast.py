@@ -1,0 +1,16 @@
+"""What autocast asks of an operator that has no rule of its own in PyTorch."""
+from typing import Optional
+
+import torch
+
+# asked once: torch.compile of PyTorch 2.9 cannot trace the question
+_DEVICE_TYPES = frozenset(
+    name for name in ('cpu', 'cuda', 'xpu', 'mps', 'hpu', 'mtia', 'maia', 'xla', 'ipu', 'privateuseone')
+    if torch.amp.is_autocast_available(name))
+
+
+def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
+    """The type that autocast wants tensors of this kind of device to have; None where it is off."""
+    if device_type in _DEVICE_TYPES and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
