@@ -109,7 +109,7 @@ class CacheEntry:
             record = Record.read(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise WeightsError(f'{path}: cannot be read ({e})') from e
         file = self.folder / record.file
         try:

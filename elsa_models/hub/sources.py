@@ -61,11 +61,16 @@ def explain(error: BaseException) -> SourceError:
     return SourceError(reason, fix)
 
 
-def _was_reset(error: Optional[BaseException]) -> bool:
-    """Whether a connection broke half-way, after which huggingface_hub does not try again by itself."""
+def _may_pass(error: Optional[BaseException]) -> bool:
+    """Whether a connection broke half-way or a file was answered by a server's failure.
+
+    huggingface_hub tries again by itself after failed HEAD requests, but not then.
+    """
     while error is not None:
         if isinstance(error, ConnectionResetError):
             return True
+        if isinstance(error, HfHubHTTPError) and error.response.status_code >= 500:
+            return error.response.request.method == 'GET'
         error = error.__cause__
     return False
 
@@ -121,7 +126,7 @@ def download_from_hub(
                 is_absent = isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError)
                 if is_absent and name != names[-1]:
                     break
-                if _was_reset(e) and not is_last_try:
+                if _may_pass(e) and not is_last_try:
                     continue
                 raise explain(e) from e
             if _matches_its_name(path):

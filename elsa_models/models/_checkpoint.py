@@ -1,6 +1,8 @@
 """Reading checkpoint files, and building a model around one."""
 import dataclasses
 import inspect
+import math
+import pickle
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,9 @@ WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder or repo
 _CONFIG_SOURCES = ('hf-hub', 'local-dir')  # of cfgs that timm read from a config.json
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MAX_CONFIG_INT = 16384  # no size of a model is larger, and what a config.json asks for has to be built
+_MAX_CONFIG_DEPTH = 1024  # blocks of a model, all stages together
+_DEPTHS = ('depth', 'depths', 'layers', 'num_class_blocks')  # arguments that are numbers of blocks
+_SNIFFED = 512  # bytes
 _MAX_NAMES = 12  # listed in one message
 _MAX_CHARS = 100
 _WRAPPERS = ('state_dict', 'model')  # where training checkpoints keep their weights
@@ -70,18 +75,40 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, t
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'checkpoint {str(path)!r}: no such file.')
-    try:
-        state_dict = load_state_dict(str(path), use_ema=use_ema)
-    except Exception as e:  # damaged files raise errors of many types
+    with open(path, 'rb') as f:
+        start = f.read(_SNIFFED).lstrip().lower()
+    if start.startswith((b'<!doctype html', b'<html')):
         raise WeightsError(
-            f'checkpoint {str(path)!r}: cannot be read ({type(e).__name__}: {e}). Is the download complete, and is '
-            f'it a PyTorch or safetensors checkpoint of weights?') from e
+            f'checkpoint {str(path)!r}: is a web page and no checkpoint. A download that needs a confirmation or a '
+            f'login, as of large files from Google Drive, leaves such a page: download the file itself in a browser.')
+    try:
+        state_dict = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+    except Exception as e:  # damaged files raise errors of many types
+        raise WeightsError(f'checkpoint {str(path)!r}: {_why_unreadable(path, e)}') from None
     if not state_dict or not all(isinstance(x, torch.Tensor) for x in state_dict.values()):
         strange = [k for k, x in state_dict.items() if not isinstance(x, torch.Tensor)]
         raise WeightsError(
             f'checkpoint {str(path)!r}: holds no state dict of tensors'
             f' ({"not tensors: " + ", ".join(map(str, strange)) if strange else "it is empty"}).')
     return state_dict
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What is wrong with a file, without torch's advice to load it unsafely."""
+    try:
+        objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of files that are no archives of torch's
+        objects = []
+    if objects:
+        return (
+            f'holds objects of {_in_short(objects)} besides tensors and plain data. They are not loaded, for they '
+            f'could run code; where you trust the file, save its state dict alone and load that.')
+    words = str(error).splitlines()[0][:_MAX_CHARS] if str(error) else ''
+    if isinstance(error, pickle.UnpicklingError) or isinstance(error.__cause__, pickle.UnpicklingError):
+        words = 'not a pickle of tensors and plain data'
+    return (
+        f'cannot be read ({type(error).__name__}: {words}). Is the download complete, and is it a PyTorch or '
+        f'safetensors checkpoint of weights?')
 
 
 def unwrap(state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
@@ -158,6 +185,11 @@ def _in_short(names: Sequence[str]) -> str:
     return ', '.join([w[:_MAX_CHARS] for w in words[:_MAX_NAMES]] + more)
 
 
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no inf; one on the meta device holds nothing."""
+    return not x.is_floating_point() or x.is_meta or bool(x.isfinite().all())
+
+
 def fit_weights(
         state_dict: Dict[str, Any],
         model: nn.Module,
@@ -173,7 +205,7 @@ def fit_weights(
         free: Names of entries whose shapes the caller sees to.
 
     Raises:
-        WeightsError: Entries are missing, unknown, of another shape or kind of number, or no plain tensors.
+        WeightsError: Entries are missing, unknown, of another shape or kind of number, no plain tensors, or not finite.
     """
     try:
         out = filter_fn(state_dict, model) if filter_fn is not None else dict(state_dict)
@@ -192,6 +224,8 @@ def fit_weights(
             wrong.append(f'{name} is {str(x.dtype)[6:]}, {str(x.layout)[6:]}, on {x.device.type}')
         elif x.shape != target.shape and name not in free:
             wrong.append(f'{name} has shape {tuple(x.shape)} instead of {tuple(target.shape)}')
+        elif not is_finite(x):
+            wrong.append(f'{name} holds NaN or inf')
     known = {*model.state_dict(), *free}
     wrong += [f'{name} is unknown' for name in out if name not in known]
     if wrong:
@@ -201,12 +235,15 @@ def fit_weights(
     return out
 
 
+def _classifiers(cfg: PretrainedCfg) -> Tuple[str, ...]:
+    return (cfg.classifier,) if isinstance(cfg.classifier, str) else tuple(cfg.classifier or ())
+
+
 def _free_entries(model: nn.Module, cfg: PretrainedCfg, features: bool) -> Tuple[str, ...]:
     """Entries that timm drops or adapts itself: classifiers for other classes, a stem for other image channels."""
     free = []
     if features or model.num_classes != cfg.num_classes:
-        classifiers = (cfg.classifier,) if isinstance(cfg.classifier, str) else cfg.classifier or ()
-        free += [f'{c}.{leaf}' for c in classifiers for leaf in ('weight', 'bias')]
+        free += [f'{c}.{leaf}' for c in _classifiers(cfg) for leaf in ('weight', 'bias')]
     if cfg.first_conv and model.in_chans != cfg.input_size[0]:
         free.append(f'{cfg.first_conv}.weight')
     return tuple(free)
@@ -247,6 +284,67 @@ def _check_config(model_cls: Type[nn.Module], model_args: Dict[str, Any], cfg: P
             raise WeightsError(
                 f'config.json: has {name} = {str(value)[:80]!r}, must be a number of at most '
                 f'{_MAX_CONFIG_INT}, a word, or a short list of such.')
+        if name in _DEPTHS:
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            depth = sum(n for n in numbers if isinstance(n, (int, float)))
+            if depth > _MAX_CONFIG_DEPTH:
+                raise WeightsError(f'config.json: has {name} = {value}, must be {_MAX_CONFIG_DEPTH} blocks at most.')
+    _check_images_of(cfg)
+    if model_args.get('num_classes', cfg.num_classes) != cfg.num_classes:
+        raise WeightsError(
+            f'config.json: has num_classes = {cfg.num_classes}, but {model_args["num_classes"]} in model_args.')
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_names(x: Any) -> bool:
+    names = [*x.keys(), *x.values()] if isinstance(x, dict) else x
+    return isinstance(names, (list, tuple)) and all(isinstance(n, (str, int)) for n in names)
+
+
+def _check_images_of(cfg: PretrainedCfg) -> None:
+    """Require that what a config.json says of images and classes can be used.
+
+    Raises:
+        WeightsError: A field is of another type, or is no size, no mean or no standard deviation.
+    """
+    def numbers(x: Any, above: float) -> bool:
+        return isinstance(x, (list, tuple)) and len(x) > 0 and all(_is_number(n) and n > above for n in x)
+
+    rules = dict(
+        num_classes=(lambda x: isinstance(x, int) and x >= 0, 'a whole number of classes'),
+        input_size=(lambda x: numbers(x, 0) and len(x) == 3, 'channels, height and width'),
+        test_input_size=(lambda x: numbers(x, 0) and len(x) == 3, 'channels, height and width'),
+        mean=(lambda x: numbers(x, -math.inf), 'a number for each channel'),
+        std=(lambda x: numbers(x, 0), 'a positive number for each channel'),
+        crop_pct=(lambda x: _is_number(x) and x > 0, 'a positive number'),
+        test_crop_pct=(lambda x: _is_number(x) and x > 0, 'a positive number'),
+        interpolation=(lambda x: isinstance(x, str), 'a word'),
+        crop_mode=(lambda x: isinstance(x, str), 'a word'),
+        first_conv=(lambda x: isinstance(x, str), 'the name of a module'),
+        classifier=(lambda x: isinstance(x, str) or _is_names(x), 'names of modules'),
+        label_names=(_is_names, 'names'),
+        label_descriptions=(_is_names, 'names'),
+    )
+    for name, (is_right, what) in rules.items():
+        value = getattr(cfg, name, None)
+        if value is not None and not is_right(value):
+            raise WeightsError(f'config.json: has {name} = {str(value)[:_MAX_CHARS]!r}, must be {what}.')
+
+
+def _check_classes(weights: Dict[str, Any], cfg: PretrainedCfg) -> None:
+    """Require that classifiers, where a file has any, are for as many classes as its config.json says.
+
+    Raises:
+        WeightsError: One is not. timm would leave it out without a word, and the model at random.
+    """
+    for name in _classifiers(cfg):
+        x = weights.get(f'{name}.weight')
+        if x is not None and len(x) != cfg.num_classes:
+            raise WeightsError(
+                f'config.json: has num_classes = {cfg.num_classes}, but {name}.weight in the weights is for {len(x)}.')
 
 
 def _read_weights(
@@ -314,6 +412,8 @@ def build_model(
         weights = _read_weights(variant, cfg, use_ema, cache_dir, relative) if pretrained else None
         if weights is None:
             return _build(model_cls, variant, pretrained, cfg, filter_fn, **kwargs)
+        if source in _CONFIG_SOURCES:
+            _check_classes(weights, cfg)
 
         def fit(_: Optional[Dict[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:
             return fit_weights(weights, model, filter_fn, _free_entries(model, cfg, features))

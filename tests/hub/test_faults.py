@@ -182,7 +182,7 @@ def test_a_drive_that_cannot_continue_starts_again(on_drive, own_world, weights)
 
 def test_wrong_bytes_from_drive(on_drive, own_world, weights, authors_file):
     on_drive.files[released.FILE_ID] = ('x', b'<html>' * 20000)
-    with pytest.raises(WeightsError, match='cannot be read'):
+    with pytest.raises(WeightsError, match='is a web page'):
         load()
     assert not cache_files(own_world)  # the file would be wrong the next time too
     on_drive.files[released.FILE_ID] = ('x', authors_file)
@@ -202,6 +202,21 @@ def test_a_complete_download_left_by_a_killed_process_is_used_or_replaced(on_dri
     (partial / 'checkpoint').write_bytes(authors_file[:-100])
     assert_right(load(), weights)
     assert on_drive.downloads == [None]
+
+
+@pytest.mark.parametrize('overlay', [{}, dict(hf_hub_id=f'org/{released.NAME}')])
+def test_server_that_fails_once(on_hub, weights, overlay):
+    on_hub.fault = Fault('status', times=1, status=500)
+    assert_right(load(pretrained_cfg_overlay=overlay), weights)
+    assert on_hub.fault.times == 0
+
+
+def test_record_nested_too_deep(on_hub, weights, own_world):
+    load()
+    record, = (own_world / 'elsa_models').rglob(cache.RECORD)
+    record.write_text('[' * 100_000)
+    assert 'cannot be read' in cached_weights()[record.parent.name]
+    assert_right(load(), weights)
 
 
 # offline

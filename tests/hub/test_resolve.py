@@ -375,6 +375,8 @@ def test_errors_of_filters_are_errors_about_weights(weights):
     (dict(dtype='float16'), 'model_args names \'dtype\''),
     (dict(depths=[10 ** 9]), r'has depths = '),
     (dict(embed_dim={'a': 1}), 'has embed_dim = '),
+    (dict(depths=[16384] * 4), r'has depths = .* 1024 blocks at most'),
+    (dict(num_classes=7), r'has num_classes = \d+, but 7 in model_args'),
     (dict(depths=[1]), r'cannot be built from its config\.json and the arguments given \(ValueError: num_heads'),
 ])
 def test_bad_arguments_in_a_config_json(hub_files, tmp_path, args, words):
@@ -385,6 +387,42 @@ def test_bad_arguments_in_a_config_json(hub_files, tmp_path, args, words):
     (tmp_path / 'config.json').write_text(json.dumps(config))
     with pytest.raises(WeightsError, match=words):
         load(f'local-dir:{tmp_path}')
+
+
+@pytest.mark.parametrize('field, value', [
+    ('mean', 'abc'), ('mean', [float('nan')] * 3), ('std', [0, 1, 1]), ('std', 1), ('std', [float('inf')] * 3),
+    ('crop_pct', 'a'), ('crop_pct', -1), ('interpolation', 3), ('crop_mode', [1]), ('classifier', 5),
+    ('first_conv', [1]), ('label_names', 3), ('num_classes', 'x'), ('num_classes', 7), ('test_input_size', [3]),
+])
+def test_config_json_that_cannot_be_right(hub_files, tmp_path, field, value):
+    """One error that names the field, in place of a model at random or of predictions of nan %."""
+    for name, data in hub_files.items():
+        (tmp_path / name).write_bytes(data)
+    config = json.loads(hub_files['config.json'])
+    config['model_args'].pop('num_classes', None)
+    (config if field in config else config['pretrained_cfg'])[field] = value
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=rf'config\.json: has {field} = '):
+        load(f'local-dir:{tmp_path}')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_no_numbers(hub_files, weights, tmp_path, value):
+    for name, data in hub_files.items():
+        (tmp_path / name).write_bytes(data)
+    state = {k: x.clone() for k, x in weights.state_dict().items()}
+    state['norm.weight'][3] = value
+    safetensors.torch.save_file(state, tmp_path / 'model.safetensors')
+    with pytest.raises(WeightsError, match=r'norm\.weight holds NaN or inf'):
+        load(f'local-dir:{tmp_path}')
+
+
+@pytest.mark.parametrize('start', [b'<!DOCTYPE html><html><head><title>Google Drive', b'\n  <html>'])
+def test_web_page_in_place_of_a_checkpoint(tmp_path, start):
+    path = tmp_path / 'elsa_swin_tiny.pth.tar'
+    path.write_bytes(start + b' - Virus scan warning</title></head></html>')
+    with pytest.raises(WeightsError, match='is a web page'):
+        load(pretrained_cfg_overlay=dict(file=str(path)))
 
 
 def test_the_cache_is_asked_again_under_the_lock(on_drive, weights, monkeypatch):

@@ -469,6 +469,7 @@ def test_damaged_or_hostile_file(name, write, tmp_path):
     with pytest.raises(RuntimeError, match='checkpoint ') as caught:
         _load(path)
     assert str(path) in str(caught.value)
+    assert 'weights_only' not in str(caught.value)  # no advice to load it unsafely
     assert not marker.exists()
     assert path.read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [path]
