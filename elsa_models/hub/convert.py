@@ -8,12 +8,12 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import timm
 import torch
 import torch.nn as nn
-from timm.models import save_for_hf
 
 from .._files import replace_folder
 from ..macs import count_macs
 from ..models import warm_start
 from ..models._checkpoint import WeightsError, fit_weights, read_checkpoint, unwrap
+from ..models._saving import save_folder
 from ..models.elsa_swin import ElsaSwin, convert_authors, is_authors
 from .cache import sha256_of
 from .resolve import checkpoint_filter_of
@@ -321,7 +321,7 @@ def save(
     if conversion.kind == 'warm-start':
         model_config['pretrained_cfg']['description'] = conversion.summary
     with replace_folder(folder, FILES) as temporary:
-        save_for_hf(model, temporary, model_config=model_config, safe_serialization=True)
+        save_folder(model, temporary, model_config)
         card = model_card(
             conversion, name or folder.name, license, sha256_of(source),
             sha256_of(temporary / 'model.safetensors'))

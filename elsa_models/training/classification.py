@@ -12,7 +12,6 @@ from timm.data import Mixup, resolve_input_data_config
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from timm.loss.class_weights import compute_class_weights
-from timm.models import save_for_hf
 from timm.task import ClassificationTask
 from timm.task.task import TrainingTask
 from timm.utils import ModelEmaV3, unwrap_model
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 from ..export import export_onnx
 from ..layers import ElsaAttention
 from ..models._checkpoint import WeightsError, read_checkpoint, unwrap
+from ..models._saving import save_folder
 from ..models._warm_start import warm_start
 from ..models.elsa_swin import is_authors
 from ..models.elsa_volo import ElsaVolo, token_label_loss
@@ -431,13 +431,7 @@ def save_model(
     origin = dict(tag=None, origin_url=None)  # these weights are the user's
     if not keep_licence:
         origin['license'] = None
-    save_for_hf(
-        model,
-        str(folder),
-        model_config=dict(label_names=list(class_names), pretrained_cfg=origin),
-        safe_serialization=True,
-        data_config=data_config,
-    )
+    save_folder(model, folder, dict(label_names=list(class_names), pretrained_cfg=origin), data_config)
     device = next(model.parameters()).device
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
     images = torch.randn(2, *data_config['input_size'], generator=torch.Generator().manual_seed(0)).to(device)

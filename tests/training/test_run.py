@@ -209,7 +209,7 @@ def test_starts_from_a_saved_model(tmp_path, full, image_folder):
     assert all(torch.equal(x, before[name]) for name, x in after.items() if not name.startswith('head.'))
 
 
-@pytest.mark.parametrize('at', ['run', 'save_for_hf', 'export_onnx', 'draw_predictions'])
+@pytest.mark.parametrize('at', ['run', 'save_folder', 'export_onnx', 'draw_predictions'])
 def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, monkeypatch, at):
     from elsa_models.training import figures
     modules = {'draw_predictions': figures, 'run': sys.modules['elsa_models.training.run'].Trainer}
@@ -218,7 +218,7 @@ def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, mo
     before = _bytes(first.folder)
 
     def half(*args, **kwargs):
-        if at == 'save_for_hf':
+        if at == 'save_folder':
             (Path(args[1])).mkdir()
             (Path(args[1]) / 'model.safetensors').write_bytes(b'half')
         raise RuntimeError('power cut')
@@ -239,7 +239,7 @@ def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, mo
 
 def test_full_disk_at_the_end_is_a_clear_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OutputError, match='the results cannot be written .*No space'):
-        patch.setattr(sys.modules['elsa_models.training.classification'], 'save_for_hf',
+        patch.setattr(sys.modules['elsa_models.training.classification'], 'save_folder',
                       lambda *args, **kwargs: (_ for _ in ()).throw(OSError('No space left on device')))
         _run(tmp_path, epochs=1)
     assert (tmp_path / 'output' / 'digits-running' / 'checkpoints' / 'best.pt').exists()
@@ -280,7 +280,7 @@ def test_second_run_replaces_the_first(tmp_path):
 
 def test_saved_model_that_differs_is_refused(tmp_path, monkeypatch):
     module = sys.modules['elsa_models.training.classification']
-    save = module.save_for_hf
+    save = module.save_folder
 
     def save_another(model, *args, **kwargs):
         with torch.no_grad():
@@ -289,7 +289,7 @@ def test_saved_model_that_differs_is_refused(tmp_path, monkeypatch):
         with torch.no_grad():
             model.head.fc.bias[0] -= 1.
 
-    monkeypatch.setattr(module, 'save_for_hf', save_another)
+    monkeypatch.setattr(module, 'save_folder', save_another)
     with pytest.raises(RuntimeError, match='differs from the trained one'):
         _run(tmp_path, epochs=1)
     assert not (tmp_path / 'output' / 'digits').exists()
