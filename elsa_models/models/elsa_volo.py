@@ -8,11 +8,10 @@ The authors published results of ELSA-VOLO-D1 and D5, but neither code nor weigh
 inferred from the defaults of their released attention and from VOLO, and is an argument of `ElsaVolo`.
 """
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     calculate_drop_path_rates,
@@ -26,14 +25,15 @@ from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, regi
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import get_init_weights_vit
-from timm.models.volo import VOLO, ClassBlock, Downsample, PatchEmbed, Transformer, rand_bbox
+from timm.models.volo import VOLO, ClassBlock, Downsample, PatchEmbed, Transformer
 
 from ..layers import ElsaBlock, check_size, pad_map
 from ..layers.arguments import check_images, pair, per_stage, whole_number
 from ..layers.patch import resample_positions
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
+from ._token_labels import TokenLabelModel
 
-__all__ = ['ElsaVolo', 'TokenLabelOutput', 'token_label_loss']  # model_registry will add each entrypoint fn to this
+__all__ = ['ElsaVolo']  # model_registry will add each entrypoint fn to this
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -167,86 +167,7 @@ class PaddedDownsample(Downsample):
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class TokenLabelOutput(NamedTuple):
-    """What a loss with token labels needs (`All Tokens Matter` - https://arxiv.org/abs/2104.10858, section 3)."""
-    logits: torch.Tensor  # of the class token: B, num_classes
-    token_logits: Optional[torch.Tensor]  # of each image's own tokens: B, h, w, num_classes; None without the aux head
-    box: Tuple[int, int, int, int]  # top, left, bottom, right in tokens: the part seen in place of the flipped batch's
-    lam: float  # share of an image's tokens that are its own
-
-
-def _swap_box(x: torch.Tensor, box: Tuple[int, int, int, int]) -> torch.Tensor:
-    """Take a box of maps (B, H, W, C) from the batch in reverse order. Its own inverse."""
-    top, left, bottom, right = box
-    out = x.clone()
-    out[:, top:bottom, left:right] = x.flip(0)[:, top:bottom, left:right]
-    return out
-
-
-def _probabilities(
-        name: str,
-        target: torch.Tensor,
-        shape: Tuple[int, ...],
-        num_classes: int,
-        dtype: torch.dtype,
-) -> torch.Tensor:
-    """Class indices of a shape, or probabilities with one more dimension, as probabilities."""
-    if target.is_floating_point() and tuple(target.shape) == (*shape, num_classes):
-        return target.to(dtype)
-    is_index = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-    if is_index and tuple(target.shape) == shape:
-        return F.one_hot(target.long(), num_classes).to(dtype)
-    raise ValueError(
-        f'{name}: got shape {tuple(target.shape)} of {str(target.dtype)[6:]}, must be {shape} class indices of an '
-        f'integer type or {(*shape, num_classes)} probabilities of a floating one.')
-
-
-def token_label_loss(
-        output: TokenLabelOutput,
-        target: torch.Tensor,
-        dense_target: Optional[torch.Tensor] = None,
-        dense_weight: float = 0.5,
-        label_smoothing: float = 0.,
-) -> torch.Tensor:
-    """Cross entropy of the class token plus that of the tokens, with the classes of mixed images mixed alike.
-
-    Labels are those of the images as loaded: what MixToken mixed, this function and `forward_train` account for.
-
-    Source: `All Tokens Matter: Token Labeling for Training Better Vision Transformers`, equations 1 to 5.
-
-    Args:
-        output: Of `ElsaVolo.forward_train`.
-        target: (B,) class indices, or (B, num_classes) probabilities.
-        dense_target: (B, h, w) class indices or (B, h, w, num_classes) probabilities, one per token of the last stage;
-            every token has its image's label if None.
-        dense_weight: Weight of the tokens' loss.
-        label_smoothing: Share of every label that is spread over all classes.
-
-    Returns:
-        The mean over the batch, a scalar.
-
-    Raises:
-        ValueError: A label's shape or dtype does not fit, or there are dense labels but no aux head.
-    """
-    logits, token_logits, _, lam = output
-    B, num_classes = logits.shape
-    target = _probabilities('target', target, (B,), num_classes, logits.dtype)
-    mixed = target if lam == 1. else lam * target + (1. - lam) * target.flip(0)
-    loss = F.cross_entropy(logits, mixed, label_smoothing=label_smoothing)
-    if token_logits is None:
-        if dense_target is not None:
-            raise ValueError('dense_target: the model has no aux head, create it with use_aux_head=True.')
-        return loss
-    _, h, w, _ = token_logits.shape
-    if dense_target is None:
-        dense_target = target[:, None, None].expand(B, h, w, num_classes)
-    dense_target = _probabilities('dense_target', dense_target, (B, h, w), num_classes, logits.dtype)
-    dense_loss = F.cross_entropy(
-        token_logits.flatten(0, 2), dense_target.flatten(0, 2), label_smoothing=label_smoothing)
-    return loss + dense_weight * dense_loss
-
-
-class ElsaVolo(VOLO):
+class ElsaVolo(TokenLabelModel, VOLO):
     """ELSA-VOLO.
 
     Builds its own stages and walks them for images of any size; class attention and heads are those of timm's VOLO.
@@ -553,53 +474,14 @@ class ElsaVolo(VOLO):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_chans, H, W) to normalised tokens (B, 1 + N, C), the class token first."""
-        x = self.forward_tokens(self.patch_embed(x))
-        if self.post_network is not None:
-            x = self.forward_cls(x)
-        return self.norm(x)
+        return self.forward_patches(self.patch_embed(x))
 
-    @torch.jit.ignore
-    def forward_train(self, x: torch.Tensor) -> TokenLabelOutput:
-        """Logits of the class token and of every token, for training with token labels.
-
-        With use_mix_token and in training mode, a box of each image's patches, of the same place for all and drawn from
-        torch's global generator, is replaced by that of the image at the mirrored position in the batch.
-
-        Args:
-            x: Images (B, in_chans, H, W).
-
-        Returns:
-            See `TokenLabelOutput`, which `token_label_loss` takes.
-
-        Raises:
-            ValueError: There is but one image to mix, or no pooled class logits.
-        """
-        if not self.global_pool:
-            raise ValueError('global_pool: got \'\', forward_train() needs \'token\' or \'avg\'.')
-        x = self.patch_embed(x)
-        B, H, W, _ = x.shape
-        scale = self.pooling_scale
-        h, w = math.ceil(H / scale), math.ceil(W / scale)
-        box = (0, 0, 0, 0)
-        if self.mix_token and self.training:
-            if B < 2:
-                raise ValueError(
-                    f'x: got a batch of {B}, must be at least 2 images for MixToken. Drop the last batch, or set '
-                    f'use_mix_token=False.')
-            drawn = torch.distributions.Beta(self.beta, self.beta).sample()
-            box = rand_bbox((B, h, w), drawn)
-            x = _swap_box(x, tuple([s * scale for s in box]))
+    def forward_patches(self, x: torch.Tensor) -> torch.Tensor:
+        """Map patches (B, H, W, C) to normalised tokens (B, 1 + N, C'), the class token first."""
         x = self.forward_tokens(x)
         if self.post_network is not None:
             x = self.forward_cls(x)
-        x = self.norm(x)
-        logits = self.head(self.forward_head(x, pre_logits=True))
-        token_logits = None
-        if self.aux_head is not None:
-            token_logits = self.aux_head(self.head_drop(x)[:, 1:]).unflatten(1, (h, w))
-            token_logits = _swap_box(token_logits, box)
-        lam = 1. - (box[2] - box[0]) * (box[3] - box[1]) / (h * w)
-        return TokenLabelOutput(logits, token_logits, box, lam)
+        return self.norm(x)
 
     def forward_intermediates(
             self,

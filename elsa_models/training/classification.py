@@ -19,11 +19,11 @@ from torch.utils.data import Dataset
 
 from ..export import export_onnx
 from ..layers import ElsaAttention
+from ..models import TokenLabelModel, token_label_loss
 from ..models._checkpoint import WeightsError, read_checkpoint, unwrap
 from ..models._saving import save_folder
 from ..models._warm_start import warm_start
 from ..models.elsa_swin import is_authors
-from ..models.elsa_volo import ElsaVolo, token_label_loss
 from .config import ImageValues, Recipe, RecipeError, weights_error
 from .data import LabelledImages, Splits, create_eval_transform, create_train_transform, load_splits
 from .job import Job
@@ -129,7 +129,7 @@ def predict(model: Any, loader: EvalLoader, world: World) -> Predictions:
 class _TokenLabelForward(nn.Module):
     """A model whose forward is `forward_train`, so that DDP sees it; timm unwraps `module`."""
 
-    def __init__(self, model: ElsaVolo) -> None:
+    def __init__(self, model: TokenLabelModel) -> None:
         super().__init__()
         self.module = model
 
@@ -138,12 +138,12 @@ class _TokenLabelForward(nn.Module):
 
 
 class TokenLabelTask(ClassificationTask):
-    """Token labelling of an ELSA-VOLO (`All Tokens Matter` - https://arxiv.org/abs/2104.10858), with MixToken.
+    """Token labelling (`All Tokens Matter` - https://arxiv.org/abs/2104.10858), with MixToken.
 
     Targets are classes, or pairs of classes and label maps (B, h, w, classes).
     """
 
-    def __init__(self, model: ElsaVolo, dense_weight: float, smoothing: float, device: torch.device) -> None:
+    def __init__(self, model: TokenLabelModel, dense_weight: float, smoothing: float, device: torch.device) -> None:
         """
         Args:
             model: Has an aux head; `use_mix_token` makes it mix.
@@ -280,8 +280,8 @@ class ClassificationJob(Job):
                 num_classes=num_classes,
             )
         if recipe.token_labels:
-            if not isinstance(model, ElsaVolo) or not model.use_aux_head:
-                raise RecipeError(f'token_labels: {recipe.model!r} is no ELSA-VOLO with an aux head.')
+            if not isinstance(model, TokenLabelModel) or not model.use_aux_head:
+                raise RecipeError(f'token_labels: {recipe.model!r} has no aux head.')
             return TokenLabelTask(model, recipe.token_weight, recipe.smoothing, device)
         smoothing = 0. if self._mixup is not None else recipe.smoothing  # mixed targets are smooth already
         weight = None

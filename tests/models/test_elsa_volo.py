@@ -23,7 +23,7 @@ from timm.models.volo import Transformer
 
 import elsa_models
 from elsa_models import ElsaBlock
-from elsa_models.models import ElsaVolo, TokenLabelOutput, elsa_volo, token_label_loss
+from elsa_models.models import ElsaVolo, TokenLabelOutput, _token_labels, token_label_loss
 
 # millions of parameters, the K = 5 column of the table of variants
 PARAMS = {
@@ -441,7 +441,7 @@ def test_mix_token_swaps_a_box_and_swaps_the_token_logits_back(size, grid, monke
     model = small(use_mix_token=True, img_size=size).train()
     box = (1, 2, grid[0], 6)
     drawn_for = []
-    monkeypatch.setattr(elsa_volo, 'rand_bbox', lambda s, lam, scale=1: drawn_for.append((s, scale)) or box)
+    monkeypatch.setattr(_token_labels, 'rand_bbox', lambda s, lam, scale=1: drawn_for.append((s, scale)) or box)
     stem, stage_1, aux = Tap(model.patch_embed), Tap(model.network[0]), Tap(model.aux_head)
     out = model.forward_train(torch.randn(3, 3, *size))
     assert drawn_for == [((3, *grid), 1)]

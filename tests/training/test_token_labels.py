@@ -173,7 +173,7 @@ def test_options_that_do_not_fit_token_labels(tmp_path):
 
 
 def test_loss_is_that_of_the_model():
-    from elsa_models.models.elsa_volo import token_label_loss
+    from elsa_models.models import token_label_loss
     model = timm.create_model('test_elsa_volo', num_classes=3, img_size=32).eval()
     task = TokenLabelTask(model, 0.5, 0.1, torch.device('cpu'))
     images, targets = torch.randn(2, 3, 32, 32), torch.tensor([0, 2])
