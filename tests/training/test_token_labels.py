@@ -168,7 +168,7 @@ def test_training_with_label_maps(tmp_path, image_folder):
 def test_options_that_do_not_fit_token_labels(tmp_path):
     with pytest.raises(RecipeError, match='mixup, cutmix: must be 0 with token_labels'):
         _run(tmp_path, token_labels='image', mixup=0.2)
-    with pytest.raises(RecipeError, match='token_labels: .* no ELSA-VOLO with an aux head'):
+    with pytest.raises(RecipeError, match='token_labels: .* has no aux head'):
         _run(tmp_path, token_labels='image', model_args=dict(img_size=32, use_aux_head=False))
 
 
