@@ -1,23 +1,17 @@
 import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import released
-import safetensors.torch
 import timm
 import torch
 from helpers import to_authors
+from hub_helpers import point_to
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 from servers import DriveServer, HubServer, redirected_drive
 
 import elsa_models
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -53,12 +47,6 @@ def own_world(tmp_path, monkeypatch):
     yield home
     elsa_models.set_hub_namespace(None)
     huggingface_hub.close_session()
-
-
-def point_to(monkeypatch, url):
-    """What HF_ENDPOINT does when huggingface_hub is imported."""
-    monkeypatch.setattr(constants, 'ENDPOINT', url)
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')
 
 
 @pytest.fixture
@@ -115,61 +103,3 @@ def on_hub(hub, hub_files):
 def on_drive(drive_server, authors_file):
     drive_server.files[released.FILE_ID] = ('elsa.pth.tar', authors_file)
     return drive_server
-
-
-def load(name=released.NAME, **kwargs):
-    """`pretrained=True` as a user would ask for it."""
-    return timm.create_model(name, pretrained=True, **kwargs).eval()
-
-
-def assert_right(model, weights):
-    expected = weights.state_dict()
-    actual = model.state_dict()
-    assert actual.keys() == expected.keys()
-    for k, x in actual.items():
-        assert torch.equal(x, expected[k]), k
-
-
-def cache_files(home):
-    """Names of the files of our cache, locks left out."""
-    root = Path(home) / 'elsa_models'
-    return sorted(str(p.relative_to(root)) for p in root.rglob('*') if p.is_file() and p.name != '.lock')
-
-
-def complete_files(home):
-    """Every file of weights that any cache holds under a final name."""
-    return [p for p in Path(home).rglob('*') if p.is_file() and p.stat().st_size > 10000 and not p.name.endswith(
-        ('.part', '.incomplete')) and not p.name.startswith('.')]
-
-
-def state_of(path):
-    return safetensors.torch.load_file(path)
-
-
-CHILD = '''
-import sys
-sys.path[:0] = {paths}
-import servers
-redirect = servers.redirected_drive({drive!r})
-redirect.__enter__()
-import timm, torch, released, elsa_models
-from elsa_models.models._checkpoint import WeightsError
-'''
-
-
-def start_child(code, home, hub=None, drive=None, prefix=(), **env):
-    """A process of its own, configured by environment variables alone."""
-    code = CHILD.format(paths=[str(HERE), str(HERE.parent)], drive=drive) + textwrap.dedent(code)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'HUGGING', 'ELSA_'))}
-    clean.update(HF_HOME=str(home), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1', OMP_NUM_THREADS='1')
-    clean['HF_ENDPOINT'] = hub or 'http://127.0.0.1:9'
-    return subprocess.Popen(
-        [*prefix, sys.executable, '-c', code], env={**clean, **env}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, cwd='/')
-
-
-def run_child(*args, **kwargs):
-    child = start_child(*args, **kwargs)
-    out, err = child.communicate(timeout=60)
-    assert child.returncode == 0, err[-3000:]
-    return out

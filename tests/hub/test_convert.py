@@ -13,8 +13,9 @@ import released
 import safetensors.torch
 import timm
 import torch
-from conftest import assert_right, load, run_child
+from children import run_child
 from helpers import DATA, keyed_input, keyed_state_dict, max_error, to_authors
+from hub_helpers import assert_right, load
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.volo import VOLO
 

@@ -18,15 +18,15 @@ import released
 import safetensors.torch
 import timm
 import torch
-from conftest import cache_files
 from helpers import to_authors
+from hub_helpers import cache_files
 
 from elsa_models.hub import WeightsError, cache, load_weights
 from elsa_models.hub.cache import CacheEntry
 from elsa_models.hub.convert import check_folder, convert, save
 
 ARCHITECTURE = released.NAME.partition('.')[0]
-CASES = {'files': 800, 'entries': 500, 'pickles': 300, 'configs': 200, 'records': 300}  # and four times more if slow
+CASES = {'files': 200, 'entries': 125, 'pickles': 75, 'configs': 50, 'records': 75}  # of one part
 MARK = 'ELSA_FUZZ_WAS_EXECUTED'
 
 
@@ -117,13 +117,13 @@ _ran = Counter()  # cases, by kind and part
 
 
 def _cases(kind, part):
-    """Numbers of the cases: the first part by default, the others if slow. Those that were begun are counted."""
+    """Numbers of the cases of a part. Those that were begun are counted."""
     for case in range(part * CASES[kind], (part + 1) * CASES[kind]):
         _ran[kind, part] += 1
         yield case
 
 
-PARTS = [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 5))]
+PARTS = [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 20))]
 
 
 def _damage(rng, data):
@@ -232,6 +232,7 @@ def _spoil(rng, state):
 
 @pytest.mark.parametrize('part', PARTS)
 def test_wrong_entries(world, weights, part):
+    """A file that is taken in spite of a wrong entry gives the right weights: nothing was made up, nothing cut."""
     ours = weights.state_dict()
     theirs = to_authors(ours)
     for case in _cases('entries', part):
@@ -245,7 +246,8 @@ def test_wrong_entries(world, weights, part):
         torch.save(content, path)
         # what no reader looks at may be anything: saved buffers, and what ends like them
         free = any(k.endswith(('.relative_id', '.attn_mask')) for k in dropped or ()) or base is theirs
-        world.try_loader(path, may_load=free)
+        taken = world.try_loader(path, may_load=free)
+        assert taken is None or all(torch.equal(x, ours[k]) for k, x in taken.items()), (case, dropped)
         if case % 4 == 0:
             world.try_converter(path)
 
@@ -390,9 +392,9 @@ def test_conversion_of_hostile_names_stays_in_its_folder(world, weights):
 
 
 def test_every_case_was_run():
-    """Counts what the tests above have run: over 2,000 cases by default, over 10,000 with the slow ones."""
+    """Counts what the tests above have run: over 500 cases by default, over 10,000 with the slow ones."""
     if {kind for kind, _ in _ran} != CASES.keys():
         pytest.skip('not all of the tests above were run')
     assert all(n == CASES[kind] for (kind, _), n in _ran.items())
     parts = len({part for _, part in _ran})
-    assert sum(_ran.values()) >= 2000 * parts and len(PARTS) * 2000 >= 10000
+    assert sum(_ran.values()) >= 500 * parts and len(PARTS) * 500 >= 10000

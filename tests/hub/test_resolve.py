@@ -8,7 +8,8 @@ import released
 import safetensors.torch
 import timm
 import torch
-from conftest import assert_right, cache_files, load, point_to, run_child
+from children import run_fresh_child
+from hub_helpers import assert_right, cache_files, load, point_to
 
 import elsa_models
 from elsa_models.hub import WeightsError, cache, cache_root, cached_weights, load_weights
@@ -225,10 +226,10 @@ def test_everything_by_environment_variables(on_hub, on_drive, tmp_path, hub_ser
     on_hub.repos[f'org/{released.NAME}']['private'] = True
     code = 'print(timm.create_model("small_released.authors", pretrained=True).norm.weight.sum().item())'
     env = dict(ELSA_HUB_NAMESPACE='org', HF_TOKEN='hf_right')
-    out = run_child(code, tmp_path / 'elsewhere', hub=hub_server.url, **env)
+    out = run_fresh_child(code, tmp_path / 'elsewhere', hub=hub_server.url, **env)
     assert on_hub.requests and (tmp_path / 'elsewhere' / 'elsa_models' / released.NAME / 'weights.json').is_file()
     count = len(on_hub.requests)
-    assert run_child(code, tmp_path / 'elsewhere', HF_HUB_OFFLINE='1') == out  # the cache alone
+    assert run_fresh_child(code, tmp_path / 'elsewhere', HF_HUB_OFFLINE='1') == out  # the cache alone
     assert len(on_hub.requests) == count and not on_drive.requests
 
 

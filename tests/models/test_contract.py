@@ -585,7 +585,7 @@ def test_compiled_whole(name, fresh_compiler):
         assert_near(others[f'_orig_mod.{parameter}'], grad, 1e-8, parameter)
 
 
-@every_model
+@pytest.mark.parametrize('name', [n for n in NAMES if is_small(n)])
 def test_learns_a_batch(name):
     model = make(name, num_classes=4).train()
     x, target = images(name, 8), torch.arange(8) % 4
