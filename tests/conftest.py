@@ -1,9 +1,11 @@
 import os
 
-import pytest
-import torch
-
+if 'PYTEST_XDIST_WORKER' in os.environ:  # processes share the cores, threads would only get in each other's way
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('NUMBA_NUM_THREADS', '4')  # read when Numba is imported: threads are tested on any machine
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
