@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..layers.patch import sizes_are_open
+from ..layers.sizes import sizes_are_open
 from ..models._warm_start import warm_start as start_from_relative
 from ..models.elsa_swin import ElsaSwin
 from ..models.elsa_volo import ElsaVolo

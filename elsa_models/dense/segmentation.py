@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.encoders import encoders
 
 from ..layers.arguments import check_keys
-from ..layers.patch import sizes_are_open
+from ..layers.sizes import sizes_are_open
 from .draw import IGNORE
 from .features import DenseBackbone
 

@@ -1,3 +1,4 @@
-from .elsa import ElsaAttention, ElsaBlock
-from .patch import PaddedPatchEmbed, PaddedPatchMerging, check_size, pad_map
-from .window import WindowBlock
+from .block import ElsaBlock, MixerBlock
+from .mixers import ElsaAttention, Mixer, WindowAttention
+from .sizes import check_size, pad_map, sizes_are_open
+from .stems import PaddedConvStem, PaddedDownsample, PaddedPatchEmbed, PaddedPatchMerging

@@ -15,6 +15,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, clean_state_dict, l
 from timm.models._builder import resolve_pretrained_cfg
 
 from ..layers.arguments import pair, whole_number
+from ._family import Family, family_of
 
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder or repository, the first that exists
 _CONFIG_SOURCES = ('hf-hub', 'local-dir')  # of cfgs that timm read from a config.json
@@ -171,6 +172,20 @@ def check_keys(state_dict: Dict[str, Any], model: nn.Module, optional: Union[str
             f'{len(unknown)} others.'
             f' Missing ({len(missing)}): {_in_short(missing) or "none"}.'
             f' Unknown ({len(unknown)}): {_in_short(unknown) or "none"}.')
+
+
+def filter_of(family: Family) -> Callable[[Dict[str, Any], nn.Module], Dict[str, torch.Tensor]]:
+    """The function that fits checkpoints to models of a family: its own, or else one that suits most.
+
+    The latter gives entries the models' names, resamples patch embedding and positions, and requires all entries but
+    those of the classifiers.
+    """
+    def fit(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+        out = {k: fit_positions(k, x, model) for k, x in family.to_own_names(unwrap(state_dict)).items()}
+        check_keys(out, model, optional=tuple([f'{c}.' for c in family.classifiers]))
+        return out
+
+    return family.filter_fn or fit
 
 
 def _in_short(names: Sequence[str]) -> str:
@@ -392,13 +407,17 @@ def build_model(
         pretrained: Load weights.
         pretrained_cfg: As in `timm.create_model`.
         pretrained_cfg_overlay: As in `timm.create_model`; `use_ema=False` beside `file` passes over averaged weights.
-        filter_fn: Fits a checkpoint to the model.
-        relative: Name of timm's weights to advise for a start where no weights are known.
+        filter_fn: Fits a checkpoint to the model; that of the variant's family if None.
+        relative: Name of timm's weights to advise for a start where no weights are known; that of the family if None.
         **kwargs: Further arguments of `build_model_with_cfg` and of the model.
 
     Raises:
         WeightsError: Weights are asked for but none are known or can be found, or those found do not fit.
     """
+    family = family_of(variant)
+    if family is not None:
+        filter_fn = filter_fn or filter_of(family)
+        relative = relative or family.relatives.get(variant)
     overlay = dict(pretrained_cfg_overlay or {})
     use_ema = overlay.pop('use_ema', True)
     source = pretrained_cfg.get('source') if isinstance(pretrained_cfg, dict) else None

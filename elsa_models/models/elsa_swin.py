@@ -6,92 +6,26 @@ whose last keeps Swin's window attention. Written from the paper; reads the weig
 (https://github.com/damo-cv/ELSA, MIT).
 """
 import re
-from typing import Any, Dict, Optional, Sequence, Set, Tuple, Type, Union
+from functools import partial
+from typing import Any, Dict, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, calculate_drop_path_rates
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
-from timm.models.swin_transformer import SwinTransformer
+from timm.models import generate_default_cfgs, register_model
 
-from ..layers import ElsaBlock, PaddedPatchEmbed, PaddedPatchMerging, WindowBlock
-from ..layers.arguments import pair, per_stage, whole_number
+from ..layers import ElsaAttention, MixerBlock, WindowAttention
+from ..layers.arguments import per_stage
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
+from ._family import Family, register_family
+from ._swin_like import SwinLike, Windows, stage_windows
 
 __all__ = ['ElsaSwin']  # model_registry will add each entrypoint fn to this
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
-_SIZES = ('tiny', 'small', 'base')  # that timm's Swin has as well
-
-
-class ElsaSwinStage(nn.Module):
-    """Blocks of any kind on (B, H, W, C), after an optional patch merging.
-
-    The stage knows nothing of its blocks but that those with a `set_input_size` of their own have windows.
-    """
-    __jit_unused_properties__ = ['output_resolution']
-
-    def __init__(
-            self,
-            downsample: nn.Module,
-            blocks: Sequence[nn.Module],
-            input_resolution: Tuple[int, int],
-    ) -> None:
-        """
-        Args:
-            downsample: Patch merging, or an identity.
-            blocks: Maps of (B, H, W, C) to the same.
-            input_resolution: Height and width of the map that enters the stage.
-        """
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.input_resolution = input_resolution
-        self.grad_checkpointing = False
-
-    @property
-    def output_resolution(self) -> Tuple[int, int]:
-        """Height and width of the map that leaves the stage."""
-        if isinstance(self.downsample, nn.Identity):
-            return self.input_resolution
-        return tuple([(s + 1) // 2 for s in self.input_resolution])
-
-    @torch.jit.ignore
-    def set_input_size(
-            self,
-            feat_size: Tuple[int, int],
-            window_size: Tuple[int, int],
-            always_partition: Optional[bool] = None,
-    ) -> None:
-        """Follow the model to another input size.
-
-        Args:
-            feat_size: Height and width of the map that enters the stage.
-            window_size: Height and width of the windows of blocks that have any.
-            always_partition: Cut into windows and shift even where one window covers the map; None leaves it.
-        """
-        self.input_resolution = feat_size
-        for block in self.blocks:
-            if hasattr(block, 'set_input_size'):
-                block.set_input_size(self.output_resolution, window_size, always_partition)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, H, W, C) to the stage's resolution and channels."""
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x
-
-
-class ElsaSwin(SwinTransformer):
-    """ELSA-Swin.
-
-    Builds its own stages; resizing, feature extraction, pruning, head and forward are those of timm's Swin.
-    """
+class ElsaSwin(SwinLike):
+    """ELSA-Swin."""
 
     def __init__(
             self,
@@ -110,7 +44,7 @@ class ElsaSwin(SwinTransformer):
             lam: int = 0,
             gamma: float = 1.,
             qk_scale: float = 1.,
-            window_size: Union[_int_or_pair, Sequence[_int_or_pair]] = 7,
+            window_size: Windows = 7,
             always_partition: bool = False,
             pad_before_shift: bool = False,
             strict_img_size: bool = True,
@@ -162,11 +96,7 @@ class ElsaSwin(SwinTransformer):
         Raises:
             ValueError: An argument is none of those above.
         """
-        nn.Module.__init__(self)  # every part that SwinTransformer.__init__ would build is built here
-        dd = {'device': device, 'dtype': dtype}
         num_stages = len(depths)
-        if len(num_heads) != num_stages:
-            raise ValueError(f'num_heads: got {len(num_heads)} values, must be one for each of {num_stages} stages.')
         if local_stages is None:
             local_stages = (True,) * (num_stages - 1) + (False,)
         if len(local_stages) != num_stages:
@@ -174,98 +104,47 @@ class ElsaSwin(SwinTransformer):
                 f'local_stages: got {len(local_stages)} values, must be one for each of {num_stages} stages.')
         kernel_size = per_stage('kernel_size', kernel_size, num_stages)
         dilation = per_stage('dilation', dilation, num_stages)
-        mlp_ratio = per_stage('mlp_ratio', mlp_ratio, num_stages)
-        is_list = isinstance(window_size, (list, tuple))
-        if not is_list or len(window_size) == 2 and not isinstance(window_size[0], (list, tuple)):
-            window_size = (pair('window_size', window_size),) * num_stages
-        window_size = tuple([pair('window_size', w) for w in per_stage('window_size', window_size, num_stages)])
-        embed_dim = whole_number('embed_dim', embed_dim)
-        depths = tuple([whole_number('depths', d) for d in depths])
-        patch_size = pair('patch_size', patch_size)
-        strict_img_size = strict_img_size and not dynamic_img_size
-        self.dynamic_img_size = not strict_img_size
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.global_pool = global_pool
-        self.output_fmt = 'NHWC'
-        self.num_layers = num_stages
-        self.embed_dim = embed_dim
-        self.num_features = embed_dim * 2 ** (num_stages - 1)
+        window_size = stage_windows(window_size, num_stages)
+        args = dict(qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
+        elsa_args = dict(group_width=group_width, lam=lam, gamma=gamma, qk_scale=qk_scale, **args)
+        window_args = dict(
+            always_partition=always_partition,
+            pad_before_shift=pad_before_shift,
+            dynamic=dynamic_img_size or not strict_img_size,
+            **args,
+        )
 
-        self.patch_embed = PaddedPatchEmbed(
+        def elsa(stage: int, dim: int, num_heads: int, index: int, feat_size: Tuple[int, int], **dd) -> ElsaAttention:
+            return ElsaAttention(dim, num_heads, kernel_size[stage], dilation[stage], **elsa_args, **dd)
+
+        def window(stage: int, dim: int, num_heads: int, index: int, **kwargs) -> WindowAttention:
+            return WindowAttention(
+                dim, num_heads, window_size=window_size[stage], shift=index % 2 == 1, **window_args, **kwargs)
+
+        super().__init__(
+            mixers=[partial(elsa if local else window, i) for i, local in enumerate(local_stages)],
+            depths=depths,
+            num_heads=num_heads,
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
             embed_dim=embed_dim,
-            norm_layer=norm_layer,
+            window_size=window_size,
             strict_img_size=strict_img_size,
-            output_fmt='NHWC',
-            **dd,
-        )
-        # set_input_size() scales these with the patch grid to keep each stage's window to grid ratio
-        self._ref_window_sizes = window_size
-        self._ref_grid_size = resolution = self.patch_embed.grid_size
-
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        layers = []
-        self.feature_info = []
-        for i in range(num_stages):
-            dim = embed_dim * 2 ** i
-            downsample = PaddedPatchMerging(dim // 2, dim, norm_layer=norm_layer, **dd) if i > 0 else nn.Identity()
-            output_resolution = tuple([(s + 1) // 2 for s in resolution]) if i > 0 else resolution
-            block_args = dict(
-                dim=dim,
-                num_heads=num_heads[i],
-                mlp_ratio=mlp_ratio[i],
-                qkv_bias=qkv_bias,
-                proj_drop=proj_drop_rate,
-                attn_drop=attn_drop_rate,
-                norm_layer=norm_layer,
-                **dd,
-            )
-            if local_stages[i]:
-                elsa_args = dict(
-                    kernel_size=kernel_size[i],
-                    dilation=dilation[i],
-                    group_width=group_width,
-                    lam=lam,
-                    gamma=gamma,
-                    qk_scale=qk_scale,
-                )
-                blocks = [ElsaBlock(drop_path=rate, **block_args, **elsa_args) for rate in drop_path[i]]
-            else:
-                window_args = dict(
-                    input_resolution=output_resolution,
-                    window_size=window_size[i],
-                    always_partition=always_partition,
-                    pad_before_shift=pad_before_shift,
-                    dynamic_mask=self.dynamic_img_size,
-                )
-                shift_size = tuple([w // 2 for w in window_size[i]])
-                blocks = [
-                    WindowBlock(
-                        shift_size=shift_size if j % 2 else 0, drop_path=rate, **block_args, **window_args)
-                    for j, rate in enumerate(drop_path[i])]
-            layers.append(ElsaSwinStage(downsample, blocks, resolution))
-            resolution = output_resolution
-            reduction = max(patch_size) * 2 ** i
-            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f'layers.{i}'))
-        self.layers = nn.Sequential(*layers)
-
-        self.norm = norm_layer(self.num_features, **dd)
-        self.head = ClassifierHead(
-            self.num_features,
-            num_classes,
-            pool_type=global_pool,
+            dynamic_img_size=dynamic_img_size,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
-            input_fmt=self.output_fmt,
-            **dd,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            # as the authors draw the MLPs beside ELSA
+            block_layer=[partial(MixerBlock, mlp_init_std=.02) if local else MixerBlock for local in local_stages],
+            norm_layer=norm_layer,
+            weight_init=weight_init,
+            device=device,
+            dtype=dtype,
         )
-        self.head_hidden_size = self.head.num_features
-
-        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
-        if weight_init != 'skip':
-            self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -354,13 +233,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
 def _create_elsa_swin(variant: str, pretrained: bool = False, **kwargs) -> ElsaSwin:
     out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['depths']))))
-    size = variant.removeprefix('elsa_swin_')
     return build_model(
         ElsaSwin,
         variant,
         pretrained,
-        filter_fn=checkpoint_filter_fn,
-        relative=f'swin_{size}_patch4_window7_224.ms_in1k' if size in _SIZES else None,
         feature_cfg=dict(flatten_sequential=True, out_indices=out_indices),
         **kwargs,
     )
@@ -415,3 +291,17 @@ def test_elsa_swin(pretrained: bool = False, **kwargs) -> ElsaSwin:
         img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=5, window_size=2,
         mlp_ratio=3.)
     return _create_elsa_swin('test_elsa_swin', pretrained, **dict(model_args, **kwargs))
+
+
+register_family(Family(
+    name='elsa_swin',
+    module=__name__,
+    model_cls=ElsaSwin,
+    filter_fn=checkpoint_filter_fn,
+    to_own_names=to_own_names,
+    is_authors=is_authors,
+    relatives={f'elsa_swin_{size}': f'swin_{size}_patch4_window7_224.ms_in1k' for size in ('tiny', 'small', 'base')},
+    marks=('attn_conv.weight',),
+    dense_args=dict(always_partition=True, pad_before_shift=True),
+    reads_dense=True,
+))

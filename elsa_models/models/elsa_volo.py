@@ -13,165 +13,33 @@ from typing import Any, Dict, List, Optional, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    calculate_drop_path_rates,
-    is_exporting,
-    resample_abs_pos_embed_nhwc,
-    resample_patch_embed,
-    to_2tuple,
-    trunc_normal_,
-)
+from timm.layers import calculate_drop_path_rates, get_device_dtype, resample_abs_pos_embed_nhwc, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
+from timm.models._manipulate import checkpoint
 from timm.models.vision_transformer import get_init_weights_vit
-from timm.models.volo import VOLO, ClassBlock, Downsample, PatchEmbed, Transformer
+from timm.models.volo import ClassBlock, Transformer
 
-from ..layers import ElsaBlock, check_size, pad_map
-from ..layers.arguments import check_images, pair, per_stage, whole_number
-from ..layers.patch import resample_positions
+from ..layers import ElsaBlock, PaddedConvStem, PaddedDownsample
+from ..layers.arguments import per_stage, whole_number
+from ..layers.sizes import resample_positions
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
+from ._family import Family, register_family
 from ._token_labels import TokenLabelModel
 
 __all__ = ['ElsaVolo']  # model_registry will add each entrypoint fn to this
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
-_PATCH_SIZES = (4, 8, 16)  # those of VOLO's stem
 _POOLS = ('', 'avg', 'token')
 
-
-def _check_token(H: int, W: int, min_size: int) -> None:
-    """Require images of at least min_size pixels a side."""
-    if not torch.jit.is_scripting():
-        if is_exporting() or torch.jit.is_tracing():
-            return  # sizes are the graph's
-    if H < min_size or W < min_size:
-        raise ValueError(f'input: got {H} x {W} pixels, must be at least {min_size} x {min_size}, one token.')
-
-
 # leaves of symbolic traces, for their sizes are no numbers there
-torch.fx.wrap('_check_token')
-torch.fx.wrap('check_images')
-torch.fx.wrap('check_size')
-torch.fx.wrap('pad_map')
 torch.fx.wrap('resample_positions')
 
 
-class PaddedConvStem(PatchEmbed):
-    """VOLO's patch embedding for images of any size.
-
-    Images whose sides the patch size does not divide are padded with zeros on the right and at the bottom.
-    """
-
-    def __init__(
-            self,
-            img_size: _int_or_pair,
-            patch_size: int = 8,
-            in_chans: int = 3,
-            hidden_dim: int = 64,
-            embed_dim: int = 192,
-            strict_img_size: bool = True,
-            token_stride: int = 2,
-            device=None,
-            dtype=None,
-    ) -> None:
-        """
-        Args:
-            img_size: Height and width in pixels.
-            patch_size: Patch size in pixels, 4, 8 or 16.
-            in_chans: Number of image channels.
-            hidden_dim: Channels of the convolutions before the projection.
-            embed_dim: Channels of the output.
-            strict_img_size: Require the input to match img_size.
-            token_stride: Patches per side of a token of the last stage; the input must cover one token.
-
-        Raises:
-            ValueError: patch_size is none of the three, or img_size is smaller than a token.
-        """
-        dd = {'device': device, 'dtype': dtype}
-        img_size, patch_size = self._check_sizes(img_size, patch_size, token_stride)
-        super().__init__(
-            stem_conv=True,
-            stem_stride=2,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            hidden_dim=hidden_dim,
-            embed_dim=embed_dim,
-            **dd,
-        )
-        self.strict_img_size = strict_img_size
-        self.token_stride = token_stride
-        self._set_size(img_size, patch_size)
-
-    @staticmethod
-    def _check_sizes(img_size: _int_or_pair, patch_size: int, token_stride: int) -> Tuple[Tuple[int, int], int]:
-        patch_size = whole_number('patch_size', patch_size)
-        if patch_size not in _PATCH_SIZES:
-            raise ValueError(f'patch_size: got {patch_size}, must be one of {_PATCH_SIZES}.')
-        return pair('img_size', img_size, patch_size * token_stride), patch_size  # at least one token
-
-    def _set_size(self, img_size: Tuple[int, int], patch_size: int) -> None:
-        self.img_size = img_size
-        self.patch_size = patch_size
-        self.min_size = patch_size * self.token_stride
-        self.grid_size = tuple([math.ceil(s / patch_size) for s in img_size])
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-
-    @torch.jit.ignore
-    def set_input_size(self, img_size: Optional[_int_or_pair] = None, patch_size: Optional[int] = None) -> None:
-        """Change the size of image or patches; the projection is resampled to new patches.
-
-        Args:
-            img_size: New height and width in pixels, None leaves them.
-            patch_size: New patch size in pixels, None leaves it.
-
-        Raises:
-            ValueError: A size is not as in the constructor; nothing has changed then.
-        """
-        img_size, patch_size = self._check_sizes(
-            self.img_size if img_size is None else img_size,
-            self.patch_size if patch_size is None else patch_size,
-            self.token_stride,
-        )
-        if patch_size != self.patch_size:
-            kernel_size = to_2tuple(patch_size // 2)
-            weight = self.proj.weight
-            with torch.no_grad():
-                resampled = resample_patch_embed(weight, list(kernel_size))
-            self.proj.weight = nn.Parameter(resampled, requires_grad=weight.requires_grad)
-            self.proj.kernel_size = self.proj.stride = kernel_size
-        self._set_size(img_size, patch_size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images (B, in_chans, H, W) to (B, ceil(H / patch_size), ceil(W / patch_size), embed_dim)."""
-        check_images(x)
-        B, C, H, W = x.shape
-        if self.strict_img_size:
-            check_size(H, W, self.img_size[0], self.img_size[1])
-        _check_token(H, W, self.min_size)
-        p = self.patch_size
-        x = pad_map(x.permute(0, 2, 3, 1), (H + p - 1) // p * p, (W + p - 1) // p * p).permute(0, 3, 1, 2)
-        if self.conv is not None:
-            x = self.conv(x)
-        return self.proj(x).permute(0, 2, 3, 1)
-
-
-class PaddedDownsample(Downsample):
-    """VOLO's halving of a map, with odd sides padded by a zero on the right or at the bottom."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), C')."""
-        B, H, W, C = x.shape
-        x = pad_map(x, (H + 1) // 2 * 2, (W + 1) // 2 * 2)
-        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class ElsaVolo(TokenLabelModel, VOLO):
-    """ELSA-VOLO.
-
-    Builds its own stages and walks them for images of any size; class attention and heads are those of timm's VOLO.
-    """
+class ElsaVolo(TokenLabelModel):
+    """ELSA-VOLO, with the names of timm's `VOLO`, whose global and class attention it holds."""
     pos_embed: Optional[torch.Tensor]
 
     def __init__(
@@ -254,7 +122,7 @@ class ElsaVolo(TokenLabelModel, VOLO):
         Raises:
             ValueError: An argument is none of those above, or two of them contradict.
         """
-        nn.Module.__init__(self)  # every part that VOLO.__init__ would build is built here
+        super().__init__()
         dd = {'device': device, 'dtype': dtype}
         num_stages = len(layers)
         for name, values in (
@@ -416,6 +284,32 @@ class ElsaVolo(TokenLabelModel, VOLO):
         return {name for name in ('pos_embed', 'cls_token') if getattr(self, name) is not None}
 
     @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Parameters by depth, for layer-wise learning rates."""
+        return dict(
+            stem=r'^cls_token|pos_embed|patch_embed',
+            blocks=[
+                (r'^network\.(\d+)\.(\d+)', None),
+                (r'^network\.(\d+)', (0,)),
+            ],
+            blocks2=[
+                (r'^cls_token', (0,)),
+                (r'^post_network\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute activations twice instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier of the class token."""
+        return self.head
+
+    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the classifier, and the aux head where there is one.
 
@@ -430,7 +324,15 @@ class ElsaVolo(TokenLabelModel, VOLO):
             self._check_pool(global_pool)
             if global_pool == 'token' and self.cls_token is None:
                 raise ValueError('global_pool: got \'token\', must be \'avg\' or \'\' for a model without class token.')
-        super().reset_classifier(num_classes, global_pool)
+            self.global_pool = global_pool
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+        self.aux_head = None
+        if self.use_aux_head and num_classes > 0:
+            self.aux_head = nn.Linear(self.num_features, num_classes, **dd)
+            self.aux_head.train(self.training)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Optional[_int_or_pair] = None, patch_size: Optional[int] = None) -> None:
@@ -472,6 +374,16 @@ class ElsaVolo(TokenLabelModel, VOLO):
                 x = module(x)
         return x.flatten(1, 2)
 
+    def forward_cls(self, x: torch.Tensor) -> torch.Tensor:
+        """Put the class token before tokens (B, N, C) and let it attend to them: (B, 1 + N, C)."""
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        for block in self.post_network:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return x
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_chans, H, W) to normalised tokens (B, 1 + N, C), the class token first."""
         return self.forward_patches(self.patch_embed(x))
@@ -482,6 +394,30 @@ class ElsaVolo(TokenLabelModel, VOLO):
         if self.post_network is not None:
             x = self.forward_cls(x)
         return self.norm(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Map tokens (B, 1 + N, C) to logits (B, num_classes), or to what the classifier takes.
+
+        With an aux head, half of the largest of all tokens' logits is added for each class.
+        """
+        if self.global_pool == 'avg':
+            pooled = x.mean(dim=1)
+        elif self.global_pool == 'token':
+            pooled = x[:, 0]
+        else:
+            pooled = x
+        pooled = self.head_drop(pooled)
+        x = self.head_drop(x)
+        if pre_logits:
+            return pooled
+        logits = self.head(pooled)
+        if self.aux_head is not None and self.global_pool:
+            logits = logits + 0.5 * self.aux_head(x[:, 1:]).max(1)[0]
+        return logits
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
             self,
@@ -607,8 +543,6 @@ def _create_elsa_volo(variant: str, pretrained: bool = False, **kwargs) -> ElsaV
         ElsaVolo,
         variant,
         pretrained,
-        filter_fn=checkpoint_filter_fn,
-        relative=None if variant.startswith('test_') else f'{variant.removeprefix("elsa_")}.sail_in1k',
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
@@ -724,3 +658,15 @@ def test_elsa_volo(pretrained: bool = False, **kwargs) -> ElsaVolo:
         img_size=64, patch_size=4, stem_hidden_dim=16, layers=(2, 1, 2, 1), embed_dims=(48, 96, 96, 96),
         num_heads=(3, 6, 6, 6))
     return _create_elsa_volo('test_elsa_volo', pretrained, **dict(model_args, **kwargs))
+
+
+register_family(Family(
+    name='elsa_volo',
+    module=__name__,
+    model_cls=ElsaVolo,
+    filter_fn=checkpoint_filter_fn,
+    relatives={n: f'{n.removeprefix("elsa_")}.sail_in1k' for n in default_cfgs if not n.startswith('test_')},
+    marks=('attn_conv.weight',),
+    first_conv='patch_embed.conv.0',
+    classifiers=('head', 'aux_head'),
+))

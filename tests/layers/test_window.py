@@ -1,12 +1,17 @@
-"""WindowBlock against timm's block, which is built for one size."""
+"""WindowAttention in its block against timm's block, which is built for one size."""
 import pytest
 import torch
 from helpers import assert_near, max_error
 from timm.models.swin_transformer import SwinTransformerBlock
 
-from elsa_models.layers import WindowBlock
+from elsa_models.layers import MixerBlock, WindowAttention
 
 ARGS = dict(dim=8, num_heads=2, window_size=3)
+
+
+def _block(dim, num_heads, input_resolution, window_size, shift_size=0, dynamic_mask=False):
+    mixer = WindowAttention(dim, num_heads, input_resolution, window_size, shift_size > 0, dynamic=dynamic_mask)
+    return MixerBlock(dim, mixer)
 
 
 def _like(block, source):
@@ -15,7 +20,7 @@ def _like(block, source):
 
 
 def _random_block(**kwargs):
-    block = WindowBlock(**{**ARGS, **kwargs})
+    block = _block(**{**ARGS, **kwargs})
     with torch.no_grad():
         for p in block.parameters():
             p.add_(.3 * torch.randn_like(p))
@@ -28,7 +33,7 @@ def test_equals_timms_block_built_for_the_size(height, width, shift_size):
     args = dict(ARGS, shift_size=shift_size, input_resolution=(height, width))
     # built for a size at which it does not shift, and then for any
     dynamic = _random_block(shift_size=shift_size, input_resolution=(3, 3), dynamic_mask=True)
-    fixed, timms = _like(WindowBlock(**args), dynamic), _like(SwinTransformerBlock(**args), dynamic)
+    fixed, timms = _like(_block(**args), dynamic), _like(SwinTransformerBlock(**args), dynamic)
     x = torch.randn(2, height, width, 8, dtype=torch.float64)
     expected = timms(x)
     assert_near(fixed(x), expected, 1e-12)
@@ -46,7 +51,7 @@ def test_maps_smaller_than_the_window(height, width):
 
 def test_shifts_only_where_one_window_does_not_cover_the_map():
     plain = _random_block(shift_size=0, input_resolution=(9, 9), dynamic_mask=True)
-    shifted = _like(WindowBlock(**ARGS, shift_size=1, input_resolution=(9, 9), dynamic_mask=True), plain)
+    shifted = _like(_block(**ARGS, shift_size=1, input_resolution=(9, 9), dynamic_mask=True), plain)
     x = torch.randn(1, 3, 3, 8, dtype=torch.float64)
     assert torch.equal(plain(x), shifted(x))
     x = torch.randn(1, 6, 3, 8, dtype=torch.float64)
@@ -68,7 +73,7 @@ def test_what_is_compiled_equals_what_is_run(height, width, shift_size, monkeypa
     block = _random_block(shift_size=shift_size, input_resolution=(9, 9), dynamic_mask=True)
     x = torch.randn(2, height, width, 8, dtype=torch.float64)
     expected = block(x)
-    for name in ('window', 'patch'):
+    for name in ('mixers.window', 'sizes'):
         monkeypatch.setattr(f'elsa_models.layers.{name}.sizes_are_open', lambda: True)
     assert_near(block(x), expected, 1e-12)
 

@@ -90,10 +90,10 @@ def test_small_model_is_small():
 
 def test_only_the_last_stage_has_windows():
     model = create_model('elsa_swin_tiny', device='meta')
-    kinds = [{type(block).__name__ for block in stage.blocks} for stage in model.layers]
-    assert kinds[:3] == [{'ElsaBlock'}] * 3 and kinds[3].isdisjoint({'ElsaBlock'})
+    kinds = [{type(block.attn).__name__ for block in stage.blocks} for stage in model.layers]
+    assert kinds == [{'ElsaAttention'}] * 3 + [{'WindowAttention'}]
     swapped = create_model('test_elsa_swin', local_stages=(False, True, False, True), device='meta')
-    assert [hasattr(stage.blocks[0], 'window_size') for stage in swapped.layers] == [True, False, True, False]
+    assert [hasattr(stage.blocks[0].attn, 'window_size') for stage in swapped.layers] == [True, False, True, False]
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -124,7 +124,7 @@ def test_without_local_stages_it_is_swin(img_size, always_partition):
     swin.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
     assert_near(model(x), swin(x), 1e-12)
-    assert any(block.shift_size != (0, 0) for stage in model.layers for block in stage.blocks)
+    assert any(block.attn.shift_size != (0, 0) for stage in model.layers for block in stage.blocks)
 
 
 def test_drop_path_rises_linearly():
@@ -140,7 +140,7 @@ def test_dropout_rates_reach_every_block():
     for stage in model.layers:
         for block in stage.blocks:
             assert block.attn.proj_drop.p == .1 and block.mlp.drop1.p == .1
-            drop = block.attn.attn_drop.p if hasattr(block, 'window_size') else block.attn.attn_drop_rate
+            drop = block.attn.attn_drop.p if hasattr(block.attn, 'window_size') else block.attn.attn_drop_rate
             assert drop == .2
     assert model.head.drop.p == .3
 
@@ -174,7 +174,7 @@ def test_sizes_of_any_integral_type():
         'test_elsa_swin', img_size=i(64), patch_size=i(4), embed_dim=i(24), depths=(i(1), 1, 2, 1), window_size=i(2),
         kernel_size=i(3), group_width=np.uint8(8))
     assert model.patch_embed.img_size == (64, 64) and all(type(s) is int for s in model.patch_embed.img_size)
-    assert model.layers[3].blocks[0].window_size == (2, 2)
+    assert model.layers[3].blocks[0].attn.window_size == (2, 2)
     torch.jit.script(model)
 
 
@@ -245,9 +245,9 @@ def test_authors_weights_at_other_sizes(keyed_checkpoint, keyed_model):
     expected = {k: x.float() for k, x in keyed_model.state_dict().items()}
     model = _load(keyed_checkpoint, 'elsa_swin_tiny', img_size=448)
     _assert_same_state(model, expected)
-    assert model.layers[3].blocks[0].window_size == (7, 7)
+    assert model.layers[3].blocks[0].attn.window_size == (7, 7)
     model = _load(keyed_checkpoint, 'elsa_swin_tiny', img_size=(160, 224), num_classes=10)
-    assert model.layers[3].blocks[0].window_size == (5, 7)
+    assert model.layers[3].blocks[0].attn.window_size == (5, 7)
     table = 'layers.3.blocks.0.attn.relative_position_bias_table'
     # windows of 5 rows use the inner rows of the table for 7
     rows = expected[table].view(13, 13, -1)
@@ -524,11 +524,11 @@ def test_dynamic_size_equals_a_model_built_for_it(height, width):
     x = torch.randn(2, 3, height, width)
     y = model(x)
     assert y.shape == (2, 1000) and y.isfinite().all()
-    if fixed.layers[3].blocks[0].window_size == (2, 2):
+    if fixed.layers[3].blocks[0].attn.window_size == (2, 2):
         fixed.load_state_dict(model.state_dict())
         assert_near(y, fixed(x), 1e-5)
     else:
-        assert min(fixed.layers[3].blocks[0].input_resolution) < 2
+        assert min(fixed.layers[3].blocks[0].attn.feat_size) < 2
 
 
 @pytest.mark.parametrize('sizes', [[(96, 96)], [(47, 65), (128, 64)], [(128, 160), (64, 64)]], ids=str)
@@ -539,7 +539,7 @@ def test_set_input_size_equals_a_model_built_for_it(sizes):
         model.set_input_size(img_size=size, window_size=2)
     fresh = _test_model(img_size=sizes[-1], **args)
     windows = [[b.window_size for b in m.layers[3].blocks] for m in (model, fresh)]
-    shifts = [[b.shift_size for b in m.layers[3].blocks] for m in (model, fresh)]
+    shifts = [[b.attn.shift_size for b in m.layers[3].blocks] for m in (model, fresh)]
     assert windows[0] == windows[1] == [(2, 2)] * 2 and shifts[0] == shifts[1]
     fresh.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, *sizes[-1])

@@ -39,8 +39,9 @@ def _create(model_name, **kwargs):
 
 
 def _window_blocks(model):
-    """(stage index, block) of every block that attends within windows; there is always one."""
-    blocks = [(i, b) for i, stage in enumerate(model.layers) for b in stage.blocks if hasattr(b, 'window_size')]
+    """(stage index, attention) of every block that attends within windows; there is always one."""
+    blocks = [
+        (i, b.attn) for i, stage in enumerate(model.layers) for b in stage.blocks if hasattr(b.attn, 'window_size')]
     assert blocks
     return blocks
 
@@ -68,7 +69,7 @@ def _assert_windows(model, window_size):
     """The window of every stage is as specified, cut where the feature map of the stage is smaller."""
     window_size = resolve_stage_window_sizes(window_size, NUM_STAGES)
     for stage, block in _window_blocks(model):
-        assert block.window_size == tuple(map(min, window_size[stage], block.input_resolution))
+        assert block.window_size == tuple(map(min, window_size[stage], block.feat_size))
 
 
 def _checkpoint_filter(model):
@@ -356,7 +357,7 @@ def test_odd_stage_sizes(model_name):
         grid_sizes = [tuple(-(-s // 2 ** (i + 2)) for s in size) for i in range(NUM_STAGES)]
         assert [tuple(f.shape[-2:]) for f in features] == grid_sizes
         for stage, block in _window_blocks(model):
-            assert block.input_resolution == grid_sizes[stage]
+            assert block.feat_size == grid_sizes[stage]
 
 
 def test_set_input_size_dtype(model_name):

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from helpers import assert_near
 from timm.models.swin_transformer import PatchMerging
 
-from elsa_models.layers import PaddedPatchEmbed, PaddedPatchMerging, patch
-from elsa_models.layers.patch import resample_positions
+from elsa_models.layers import PaddedPatchEmbed, PaddedPatchMerging, sizes
+from elsa_models.layers.sizes import resample_positions
 
 
 def _embed(img_size, patch_size=4, **kwargs):
@@ -85,5 +85,5 @@ def test_script(part):
 def test_positions_are_resampled_alike_in_exports(monkeypatch, size):
     positions = torch.randn(1, 14, 9, 8)
     expected = resample_positions(positions, *size)
-    monkeypatch.setattr(patch, 'is_exporting', lambda: True)
+    monkeypatch.setattr(sizes, 'is_exporting', lambda: True)
     assert_near(resample_positions(positions, *size), expected, 1e-5)

@@ -4,21 +4,22 @@ Paper: `What Limits the Performance of Local Self-attention?` - https://arxiv.or
 
 Maps are (B, H, W, C) throughout, contiguous in C.
 """
-from typing import Optional, Tuple, Type
+from typing import Dict, Optional, Sequence, Tuple, Type
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 
-from ..ops import local_attention
-from .arguments import check_map, whole_number
+from ...ops import local_attention
+from ..arguments import check_map, whole_number
+from .mixer import Mixer
 
 # leaves of symbolic traces
 torch.fx.wrap('local_attention')
 torch.fx.wrap('check_map')
 
 
-class ElsaAttention(nn.Module):
+class ElsaAttention(Mixer):
     """Local attention whose logits come from the Hadamard product of query and key (paper, section 3).
 
     A grouped K x K convolution and a 1 x 1 convolution turn `query * key` into one logit per head and tap: Hadamard
@@ -148,56 +149,12 @@ class ElsaAttention(nn.Module):
         return self.proj_drop(self.proj(x))
 
     @torch.jit.ignore
+    def extra_macs(self, shape: Sequence[int]) -> Dict[str, int]:
+        """The Hadamard product of query and key; see `Mixer.extra_macs`."""
+        B, H, W, _ = shape
+        return {'hadamard': B * H * W * self.split_dims[0]}
+
+    @torch.jit.ignore
     def attention_map(self, x: torch.Tensor) -> torch.Tensor:
         """Attention weights (B, H, W, num_heads, kernel_size ** 2) before the ghost head, for looking at."""
         return self.project(x)[1].softmax(dim=-1)
-
-
-class ElsaBlock(nn.Module):
-    """`x + attn(norm(x))`, then `x + mlp(norm(x))`, on maps (B, H, W, C)."""
-
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            mlp_ratio: float = 4.,
-            proj_drop: float = 0.,
-            drop_path: float = 0.,
-            act_layer: Type[nn.Module] = nn.GELU,
-            norm_layer: Type[nn.Module] = nn.LayerNorm,
-            device=None,
-            dtype=None,
-            **attn_args,
-    ) -> None:
-        """
-        Args:
-            dim: Channels.
-            num_heads: Attention heads.
-            mlp_ratio: Hidden channels of the MLP per channel.
-            proj_drop: Dropout rate of the attention's and the MLP's output.
-            drop_path: Stochastic depth rate of both branches.
-            act_layer: Activation of the MLP.
-            norm_layer: Normalisation, called with the number of channels.
-            **attn_args: Further arguments of `ElsaAttention`.
-        """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = ElsaAttention(dim, num_heads, proj_drop=proj_drop, **attn_args, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the MLP as the authors do; the other parts have initialised themselves."""
-        for linear in (self.mlp.fc1, self.mlp.fc2):
-            trunc_normal_(linear.weight, std=.02)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, H, W, dim) to (B, H, W, dim)."""
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x

@@ -1,0 +1,3 @@
+from .elsa import ElsaAttention
+from .mixer import Mixer
+from .window import WindowAttention

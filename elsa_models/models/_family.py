@@ -1,0 +1,86 @@
+"""Families of models, as they declare themselves to code that knows none by name."""
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union
+
+import timm
+import torch
+import torch.nn as nn
+
+StateDict = Dict[str, torch.Tensor]
+
+
+def _as_it_is(state_dict: StateDict) -> StateDict:
+    return dict(state_dict)
+
+
+def _never(state_dict: StateDict) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of one file have in common. Their entry points are those that `timm.register_model` has there.
+
+    Attributes:
+        name: Of the family.
+        module: `__name__` of the file.
+        model_cls: Class of the models.
+        filter_fn: Fits a checkpoint to a model, as timm's `checkpoint_filter_fn`; if None, one that resamples positions
+            and requires all entries but the classifiers', see `_checkpoint.filter_of`.
+        to_own_names: Gives a state dict, of ours or whomever's, the names and layout of the models. Entries are
+            renamed, dropped, split, joined and reordered; nothing is computed.
+        is_authors: Whether a state dict is in the format of the authors' release, whose licence it then has.
+        relatives: Names of timm's weights from which an entry point can start, where it has none of its own.
+        marks: Ends of names in an attention, such as 'attn_conv.weight'. Where either the model or a relative has them
+            and the other has not, the two attentions share nothing, whatever their names.
+        first_conv: Convolution that takes the images.
+        classifiers: Modules whose shapes depend on the number of classes.
+        dense_args: Arguments of the models as backbones of detectors and segmenters, beside dynamic_img_size.
+        reads_dense: Whether the authors released detectors or segmenters with such a backbone.
+    """
+    name: str
+    module: str
+    model_cls: Type[nn.Module]
+    filter_fn: Optional[Callable[[Dict[str, Any], nn.Module], StateDict]] = None
+    to_own_names: Callable[[StateDict], StateDict] = _as_it_is
+    is_authors: Callable[[StateDict], bool] = _never
+    relatives: Mapping[str, str] = field(default_factory=dict)
+    marks: Tuple[str, ...] = ()
+    first_conv: str = 'patch_embed.proj'
+    classifiers: Tuple[str, ...] = ('head.fc',)
+    dense_args: Mapping[str, Any] = field(default_factory=dict)
+    reads_dense: bool = False
+
+    @property
+    def model_names(self) -> Tuple[str, ...]:
+        """The family's entry points."""
+        return tuple([n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__ == self.module])
+
+
+_families: Dict[str, Family] = {}
+
+
+def register_family(family: Family) -> Family:
+    """Make a family known. One of the same name is replaced."""
+    _families[family.name] = family
+    return family
+
+
+def families() -> Tuple[Family, ...]:
+    """All families, in the order of their registration."""
+    return tuple(_families.values())
+
+
+def family_of(model: Union[str, nn.Module]) -> Optional[Family]:
+    """The family of a model, or of an entry point by its name; None if it is not one of ours."""
+    if isinstance(model, nn.Module):
+        name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+        family = family_of(name) if name else None
+        if family is not None and isinstance(model, family.model_cls):
+            return family
+        return next((f for f in _families.values() if type(model) is f.model_cls), None)
+    name = model.partition('.')[0]
+    if not timm.is_model(name):
+        return None
+    module = timm.models.model_entrypoint(name).__module__
+    return next((f for f in _families.values() if f.module == module), None)
