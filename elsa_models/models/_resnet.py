@@ -19,7 +19,7 @@ from timm.models._input import update_model_input_size
 from timm.models.byobnet import BottleneckBlock, ByobNet, LayerFn, Stem
 
 from ..layers.arguments import pair, whole_number
-from ..layers.patch import sizes_are_open
+from ..layers.sizes import sizes_are_open
 
 _MIN_SIZE = 32  # in pixels: one of the last stage
 _STAGE_STRIDES = (1, 2, 2, 2)
