@@ -1,6 +1,6 @@
-"""pytest plugin: plant one known fault in `test_elsa_swin`, to prove that the suite would notice it.
+"""pytest plugin: plant known faults in a model, to prove that the suite would notice them.
 
-`ELSA_PEER_FAULT` names the fault. Load it after `peer_plugin`.
+`ELSA_PEER_FAULTS` names the faults, separated by spaces, `ELSA_PEER_MODELS` the model. Load it after `peer_plugin`.
 """
 import functools
 import os
@@ -57,4 +57,6 @@ FAULTS = {
 
 
 def pytest_configure():
-    FAULTS[os.environ['ELSA_PEER_FAULT']](type(timm.create_model('test_elsa_swin', device='meta')))
+    cls = type(timm.create_model(os.environ['ELSA_PEER_MODELS'], device='meta'))
+    for fault in os.environ['ELSA_PEER_FAULTS'].split():
+        FAULTS[fault](cls)

@@ -13,23 +13,12 @@ from timm.models import model_entrypoint
 
 import elsa_models  # noqa: F401  registers the models
 
-# filter lists of test_models.py, recognised by an entry of timm, and what a model of ours has to add to them.
-# an outlooker stem and token features make VOLO `non-standard`, both families have forward_intermediates()
-_FILTER_EXTENSIONS = {
-    'volo_*': ['elsa_volo*', 'test_elsa_volo*'],
-    'swin_transformer': ['elsa_swin', 'elsa_volo'],
-}
-
 # each of these needs weights (the first one also stored outputs) from a hub, which a test of the architecture has not
 _NEEDS_WEIGHTS = ('test_model_inference', 'test_model_load_pretrained', 'test_model_features_pretrained')
 
+_TOKENS = 'vit_*'  # in timm's list of models whose features are tokens
+
 _list_models = timm.list_models
-
-
-def _extend(filters):
-    filters = [filters] if isinstance(filters, str) else list(filters)
-    filters = [f for f in filters if f]  # an empty one stands for no filter
-    return filters + [own for key, names in _FILTER_EXTENSIONS.items() if key in filters for own in names]
 
 
 def _is_selected(name):
@@ -39,16 +28,26 @@ def _is_selected(name):
     return is_own and any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
+def _has_tokens(name):
+    # tokens are no maps, and timm has a test of its own for them
+    return timm.get_pretrained_cfg_value(name.partition('.')[0], 'pool_size') is None
+
+
 def list_models(filter='', module='', pretrained=False, exclude_filters='', **kwargs):
-    """`timm.list_models()` for the selected models of this package, and with timm's filter lists extended to them."""
-    names = _list_models(
-        filter=_extend(filter),
-        module=_extend(module),
-        pretrained=pretrained,
-        exclude_filters=_extend(exclude_filters),
-        **kwargs,
-    )
-    return [name for name in names if _is_selected(name)]
+    """`timm.list_models()` for the selected models of this package.
+
+    timm's test file lists by name and module which models lack what. Ours lack nothing, so one of these lists counts
+    alone, that of models whose features are tokens. It is known by an entry of it, and such models by their cfg.
+    """
+    names = [n for n in _list_models(pretrained=pretrained, **kwargs) if _is_selected(n)]
+    if filter and _TOKENS not in filter:
+        named = set(_list_models(filter=filter, pretrained=pretrained, **kwargs))
+        names = [n for n in names if n in named]
+    if _TOKENS in filter:
+        names = [n for n in names if _has_tokens(n)]
+    if _TOKENS in exclude_filters:
+        names = [n for n in names if not _has_tokens(n)]
+    return names
 
 
 def list_pretrained(filter='', exclude_filters=''):

@@ -5,11 +5,11 @@ import tarfile
 
 import pytest
 import timm
+import torch
+from timm.models import model_entrypoint
 from timm_peer import SdistError, run_suite, timm_sdist
 
 import elsa_models  # noqa: F401  registers the models
-
-SMALL_MODELS = ['test_elsa_swin', 'test_elsa_volo', 'elsa_swin_tiny']
 
 # what timm runs for every registered model, with the largest fixed input size that it takes the time for
 COMMON_TESTS = {
@@ -24,38 +24,42 @@ COMMON_TESTS = {
     'test_model_forward_fx_torchscript': 320,
 }
 # spatial features that the standard head pools
-SWIN_TESTS = {'test_model_forward_features': 256, 'test_model_default_cfgs': float('inf')}
+MAP_TESTS = {'test_model_forward_features': 256, 'test_model_default_cfgs': float('inf')}
 # token features, which timm calls non-standard
-VOLO_TESTS = {'test_model_default_cfgs_non_std': 320}
+TOKEN_TESTS = {'test_model_default_cfgs_non_std': 320}
 # these two look at every pretrained tag of a model, all others at the bare name
 TAGGED_TESTS = ('test_model_default_cfgs', 'test_model_default_cfgs_non_std')
 SIZE_SKIP = 'Fixed input size model > limit.'
 
 
-def _own_models(pattern):
-    names = timm.list_models(pattern)
-    return [n for n in names if timm.models.model_entrypoint(n).__module__.startswith('elsa_models.')]
+def _own_models(module=''):
+    return [n for n in timm.list_models(module=module) if model_entrypoint(n).__module__.startswith('elsa_models.')]
+
+
+SMALL_MODELS = [n for n in _own_models() if n.startswith('test_')]
+MODULES = sorted({model_entrypoint(n).__module__.rpartition('.')[2] for n in SMALL_MODELS})
 
 
 def _expected_tests(names):
     """(function, model name) of the tests that must pass, and of those that timm skips for their input size."""
     passed, skipped = set(), set()
     for name in names:
+        model = timm.create_model(name, device='meta')
+        cfg = model.pretrained_cfg
         # the resolution that the name promises, so that no entry of a cfg can widen what is skipped
         size = re.search(r'_(\d{3})$', name)
-        size = int(size.group(1)) if size else 224
-        for test, limit in {**COMMON_TESTS, **(VOLO_TESTS if 'volo' in name else SWIN_TESTS)}.items():
+        size = (int(size.group(1)) if size else 224) if cfg.get('fixed_input_size') else 0
+        features = model.forward_features(torch.empty(1, *cfg['input_size'], device='meta'))
+        tests = TOKEN_TESTS if features.dim() == 3 else MAP_TESTS
+        for test, limit in {**COMMON_TESTS, **tests}.items():
             tagged = timm.list_models(name, include_tags=True) if test in TAGGED_TESTS else [name]
             (passed if size <= limit else skipped).update((test, n) for n in tagged)
     return passed, skipped
 
 
-def _check_suite(tmp_path, pattern):
-    names = _own_models(pattern)
-    assert names, f'No model of elsa_models is named {pattern}'
+def _check_suite(folder, names):
     expected, expected_skips = _expected_tests(names)
-
-    result = run_suite(tmp_path, names)
+    result = run_suite(folder, names, timeout=7200.)
     assert result.returncode == 0, result.output
     assert not result.failed
     # every test by its name: one that is gone, new, or skipped without our knowing of it is a failure as well
@@ -64,33 +68,34 @@ def _check_suite(tmp_path, pattern):
     return result
 
 
-@pytest.mark.parametrize('name', SMALL_MODELS)
-def test_small_model(tmp_path, name):
-    result = _check_suite(tmp_path, name)
-    num_tags = len(timm.list_models(name, include_tags=True))
-    assert len(result.passed) == (9 if 'volo' in name else 10) + num_tags
+def test_small_models(tmp_path):
+    result = _check_suite(tmp_path, SMALL_MODELS)
+    for name in SMALL_MODELS:
+        assert sum(n.partition('.')[0] == name for _, n in result.passed) >= 10, name
     assert not result.skipped
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('pattern', ['elsa_swin_*', 'elsa_volo_d?_224', 'elsa_volo_d?_[!2]*'])
-def test_large_models(tmp_path, pattern):
-    _check_suite(tmp_path, pattern)
+@pytest.mark.parametrize('module', MODULES)
+def test_large_models(tmp_path, module):
+    _check_suite(tmp_path, [n for n in _own_models(module) if n not in SMALL_MODELS])
 
 
-@pytest.mark.parametrize('fault,tests', [
-    ('pool_default', ['test_model_default_cfgs']),
-    (
-        'idle_parameter',
-        ['test_model_backward', 'test_model_backward_fx', 'test_prune_intermediate_layers_contract'],
-    ),
-    ('final_features', ['test_model_forward_intermediates']),
-])
-def test_planted_fault_is_found(tmp_path, fault, tests):
-    # the other tests still pass, so it is the fault and not the planting that was found
-    result = run_suite(tmp_path, ['test_elsa_swin'], fault=fault)
+FAULTS = {
+    'pool_default': {'test_model_default_cfgs'},
+    'idle_parameter': {
+        'test_model_backward', 'test_model_backward_fx', 'test_prune_intermediate_layers_contract'},
+    'final_features': {'test_model_forward_intermediates'},
+}
+
+
+@pytest.mark.parametrize('faults', [
+    tuple(FAULTS), *(pytest.param((fault,), marks=pytest.mark.slow) for fault in FAULTS)], ids='+'.join)
+def test_planted_faults_are_found(tmp_path, faults):
+    # the other tests still pass, so it is the faults and not the planting that were found
+    result = run_suite(tmp_path, ['test_elsa_swin'], faults=faults)
     assert result.returncode == 1, result.output
-    assert {test for test, _ in result.failed} == set(tests), result.output
+    assert {test for test, _ in result.failed} == set().union(*(FAULTS[f] for f in faults)), result.output
     expected, _ = _expected_tests(['test_elsa_swin'])
     assert result.passed | result.failed == expected
 

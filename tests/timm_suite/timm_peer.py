@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ET
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Set, Tuple
+from typing import Dict, Sequence, Set, Tuple
 
 import timm
 
@@ -127,7 +127,7 @@ class SuiteResult:
 def run_suite(
         dest: Path,
         models: Sequence[str],
-        fault: Optional[str] = None,
+        faults: Sequence[str] = (),
         timeout: float = 3600.,
 ) -> SuiteResult:
     """Run timm's model tests in a process of their own.
@@ -135,7 +135,7 @@ def run_suite(
     Args:
         dest: Empty folder for the unpacked tests.
         models: Wildcards for model names, without tags.
-        fault: Name of a fault of `fault_plugin` to plant.
+        faults: Names of faults of `fault_plugin` to plant.
         timeout: Seconds after which the run is given up.
 
     Raises:
@@ -151,9 +151,9 @@ def run_suite(
     env['ELSA_PEER_MODELS'] = ' '.join(models)
     env['HF_HUB_OFFLINE'] = '1'
     command = [sys.executable, '-m', 'pytest', '-p', 'peer_plugin']
-    if fault is not None:
+    if faults:
         command += ['-p', 'fault_plugin']
-        env['ELSA_PEER_FAULT'] = fault
+        env['ELSA_PEER_FAULTS'] = ' '.join(faults)
     command += ['-p', 'no:cacheprovider', '-q', '--tb=short', '-rs', '--disable-warnings']
     command += [f'--junitxml={report}', TEST_FILE]
     run = subprocess.run(
