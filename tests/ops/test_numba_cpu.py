@@ -80,7 +80,7 @@ def widest(request, monkeypatch):
 def test_chunks_of_samples_and_blocks_of_rows(dtype, tolerance, widest, monkeypatch):
     tensors = _draw(B=5, H=35, W=9, C=64, G=1, K=7, dtype=dtype)
     monkeypatch.setattr(numba_cpu, '_CHUNK_BYTES', 2 * 4 * tensors[1][0].numel())  # 2, 2 and 1 samples
-    assert [c.stop - c.start for c in numba_cpu._chunks(tensors[1])] == [2, 2, 1]  # of 70 and 35 rows, by twos
+    assert [c.stop - c.start for c in numba_cpu.chunks(tensors[1])] == [2, 2, 1]  # of 70 and 35 rows, by twos
     exact = [x.double() for x in tensors]
     for name, a, e in zip(NAMES, _all(numba_cpu, tensors, K=7), _all(eager, exact, K=7), strict=True):
         assert_near(a.double(), e, tolerance, name)
@@ -179,7 +179,7 @@ def test_nothing_is_read_before_it_is_written():
 def test_nothing_is_written_beyond_the_output():
     value, logits, mul, add, _ = _draw()
     room = torch.full((4, *value.shape[1:]), 7.)
-    numba_cpu._aggregate(
+    numba_cpu.aggregate(
         room[1:3], value, logits, numba_cpu._by_tap(mul, value.dtype), numba_cpu._by_tap(add, value.dtype), 5, 1, True)
     assert (room[0] == 7).all() and (room[3] == 7).all() and not (room[1:3] == 7).any()
 

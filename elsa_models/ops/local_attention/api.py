@@ -8,6 +8,7 @@ from typing import List, Optional
 import torch
 
 from .._autocast import autocast_dtype
+from .._bands import compute_dtype
 from ..backends import REFERENCE, Operator
 from . import eager, numba, triton
 from .plain import local_attention_plain
@@ -88,7 +89,7 @@ def _local_attention(
                 value, logits, kernel_size, dilation, ghost_mul, ghost_add, dropout_p, apply_softmax, backend)
     _check(value, logits, kernel_size, dilation, ghost_mul, ghost_add, dropout_p)
     if dropout_p > 0.:
-        weights = logits.softmax(dim=-1, dtype=eager.compute_dtype(value)) if apply_softmax else logits
+        weights = logits.softmax(dim=-1, dtype=compute_dtype(value)) if apply_softmax else logits
         logits, apply_softmax = torch.nn.functional.dropout(weights, dropout_p).to(value.dtype), False
     chosen = OPERATOR.select(value, backend)
     if torch.compiler.is_exporting() or torch.jit.is_tracing():

@@ -14,10 +14,7 @@ from typing import Iterator, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .plain import tile_width
-
-# bounds of one chunk's temporaries: what caches hold, and on other devices what memory can spare
-_CPU_CHUNK_BYTES, _CHUNK_BYTES = 1 << 22, 1 << 28
+from .._bands import Bands, chunks, compute_dtype
 
 Grads = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
 
@@ -40,8 +37,8 @@ def forward(
     K, d, dtype = kernel_size, dilation, compute_dtype(value)
     mul, add = _cast(ghost_mul, dtype), _cast(ghost_add, dtype)
     out = value.new_empty(value.shape)
-    bands = _Bands(value, logits.shape[3], K, d, dtype)
-    for chunk in _chunks(value, K):
+    bands = Bands(value, logits.shape[3], K, d, dtype)
+    for chunk in chunks(value, K):
         v, a = value[chunk].to(dtype), logits[chunk].to(dtype)
         if normalize:
             a = a.softmax(dim=-1)
@@ -68,8 +65,8 @@ def backward(
     grad_value, grad_logits = value.new_empty(value.shape), logits.new_empty(logits.shape)
     grad_mul = None if mul is None else mul.new_zeros(mul.shape)
     grad_add = None if add is None else add.new_zeros(add.shape)
-    bands = _Bands(value, logits.shape[3], K, d, dtype)
-    for chunk in _chunks(value, K):
+    bands = Bands(value, logits.shape[3], K, d, dtype)
+    for chunk in chunks(value, K):
         g, v, a = grad[chunk].to(dtype), value[chunk].to(dtype), logits[chunk].to(dtype)
         if normalize:
             a = a.softmax(dim=-1)
@@ -85,100 +82,8 @@ def backward(
     return grad_value, grad_logits, _cast(grad_mul, value.dtype), _cast(grad_add, value.dtype)
 
 
-def compute_dtype(value: torch.Tensor) -> torch.dtype:
-    """The type that sums are taken in: float32 for the half precisions."""
-    return torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else value.dtype
-
-
 def _cast(x: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch.Tensor]:
     return None if x is None else x.to(dtype)
-
-
-def _chunks(value: torch.Tensor, K: int) -> Iterator[slice]:
-    # 2 cores, ELSA-Swin-T's first stage, batch 8: 9 ms for one sample at a time, 13 for all at once; but on maps of
-    # 16 x 16, batch 64, the overhead of one at a time is 2 to 5 times the work
-    B, H, W, C = value.shape
-    bound = _CPU_CHUNK_BYTES if value.device.type == 'cpu' else _CHUNK_BYTES
-    step = max(1, bound // max(1, 16 * K * H * W * C))
-    for start in range(0, B, step):
-        yield slice(start, min(start + step, B))
-
-
-class _Bands:
-    """Local attention as products of banded matrices with tiles of values.
-
-    A row of W pixels is cut into n tiles of t, each of which sees P = t + (K - 1) d pixels in each of its K rows.
-    Rows come first in every buffer, so that shifting by a row is a slice that batched products take as it is.
-    """
-
-    def __init__(self, value: torch.Tensor, heads: int, K: int, d: int, dtype: torch.dtype) -> None:
-        _, self.H, self.W, C = value.shape
-        self.G, self.Cg, self.K, self.d = heads, C // heads, K, d
-        self.r = K // 2 * d
-        self.t = tile_width(self.W)
-        self.n = -(-self.W // self.t)
-        self.P = self.t + 2 * self.r
-        self.dtype, self.device = dtype, value.device
-        self._band: Optional[torch.Tensor] = None
-
-    def aggregate(self, v: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        b, H = v.shape[0], self.H
-        band, seen = self._spread(a), self._tile_values(v)
-        y = torch.bmm(self._batch(band[0]), self._batch(seen[:H]))
-        for i in range(1, self.K):
-            y.baddbmm_(self._batch(band[i]), self._batch(seen[i * self.d:i * self.d + H]))
-        y = y.view(H, b, self.n, self.G, self.t, self.Cg).permute(1, 0, 2, 4, 3, 5)
-        return y.reshape(b, H, self.n * self.t, -1)[:, :, :self.W]
-
-    def aggregate_backward(
-            self, g: torch.Tensor, v: torch.Tensor, a: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        b, H, W, n, t, r = v.shape[0], self.H, self.W, self.n, self.t, self.r
-        band, seen = self._spread(a), self._tile_values(v)
-        g = self._fill_tiles(g).view(b, H, n, t, self.G, self.Cg)
-        g = g.permute(1, 0, 2, 4, 3, 5).reshape(-1, t, self.Cg)  # H b n G, t, C / G
-        grad_band, grad_seen = torch.empty_like(band), torch.zeros_like(seen)
-        for i in range(self.K):
-            rows = slice(i * self.d, i * self.d + H)
-            torch.bmm(g, self._batch(seen[rows]).transpose(1, 2), out=self._batch(grad_band[i]))
-            self._batch(grad_seen[rows]).baddbmm_(self._batch(band[i]).transpose(1, 2), g)
-
-        ga = self._diagonals(grad_band).permute(2, 1, 3, 5, 4, 0, 6)  # b, H, n, t, G, K, K
-        ga = ga.reshape(b, H, n * t, self.G, -1)[:, :, :W].contiguous()
-        gv = v.new_zeros(H + 2 * r, b, n * t + 2 * r, self.G, self.Cg)
-        for j in range(n):  # neighbouring tiles see 2r pixels in common
-            gv[:, :, j * t:j * t + self.P] += grad_seen[:, :, j].transpose(2, 3)
-        return gv.flatten(3)[r:r + H, :, r:r + W].transpose(0, 1), ga
-
-    def _spread(self, a: torch.Tensor) -> torch.Tensor:
-        """Write attention (b, H, W, G, K * K) onto the diagonals of the bands (K, H, b, n, G, t, P)."""
-        b, H, n, t, K = a.shape[0], self.H, self.n, self.t, self.K
-        if self._band is None or self._band.shape[2] != b:
-            self._band = torch.zeros(K, H, b, n, self.G, t, self.P, dtype=self.dtype, device=self.device)
-        a = self._fill_tiles(a.flatten(3)).view(b, H, n, t, self.G, K, K)
-        self._diagonals(self._band).copy_(a.permute(5, 1, 0, 2, 4, 3, 6))
-        return self._band
-
-    def _diagonals(self, band: torch.Tensor) -> torch.Tensor:
-        """View of bands (K, H, b, n, G, t, P) at pixel i, column i + d j of each tile: (K, H, b, n, G, t, K)."""
-        stride = band.stride()
-        return band.as_strided(band.shape[:-1] + (self.K,), stride[:-2] + (stride[-2] + 1, self.d))
-
-    def _tile_values(self, v: torch.Tensor) -> torch.Tensor:
-        """Cut values (b, H, W, C) into overlapping tiles (H + 2r, b, n, G, P, C / G)."""
-        b, r, C = v.shape[0], self.r, v.shape[3]
-        v = F.pad(v, (0, 0, r, r + self.n * self.t - self.W, r, r)).contiguous()  # b, H + 2r, n t + 2r, C
-        rows, width = v.shape[1], v.shape[2]
-        shape = (rows, b, self.n, self.G, self.P, self.Cg)
-        return v.as_strided(shape, (width * C, rows * width * C, self.t * C, self.Cg, C, 1)).contiguous()
-
-    def _fill_tiles(self, x: torch.Tensor) -> torch.Tensor:
-        """Pad maps (b, H, W, C) to (b, H, n t, C), contiguous."""
-        extra = self.n * self.t - self.W
-        return F.pad(x, (0, 0, 0, extra)).contiguous() if extra else x.contiguous()  # a pad by nothing would copy
-
-    @staticmethod
-    def _batch(x: torch.Tensor) -> torch.Tensor:
-        return x.view(-1, x.shape[-2], x.shape[-1])
 
 
 def _tap_slices(K: int, d: int, H: int, W: int) -> Iterator[Tuple[int, slice, slice]]:

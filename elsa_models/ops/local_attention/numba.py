@@ -10,7 +10,8 @@ from typing import Iterator, Optional
 import torch
 
 from .. import _numba
-from .eager import Grads, compute_dtype
+from .._bands import compute_dtype
+from .eager import Grads
 
 refuse = _numba.refuse
 
@@ -34,11 +35,11 @@ def forward(
     mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
     out = value.new_empty(value.shape)
     if value.dtype == dtype:
-        _aggregate(out, value, logits, mul, add, kernel_size, dilation, normalize)
+        aggregate(out, value, logits, mul, add, kernel_size, dilation, normalize)
         return out
-    for chunk in _chunks(logits):
+    for chunk in chunks(logits):
         with _numba.written(out[chunk], dtype) as y:
-            _aggregate(y, value[chunk].to(dtype), logits[chunk].to(dtype), mul, add, kernel_size, dilation, normalize)
+            aggregate(y, value[chunk].to(dtype), logits[chunk].to(dtype), mul, add, kernel_size, dilation, normalize)
     return out
 
 
@@ -60,7 +61,7 @@ def backward(
     grad_mul, grad_add = (None if x is None else torch.zeros_like(x) for x in (mul, add))
     room, sums_mul, sums_add = None, None, None
     _, H, W, C = value.shape
-    for chunk in _chunks(logits):
+    for chunk in chunks(logits):
         g, v, a = grad[chunk].to(dtype).contiguous(), value[chunk].to(dtype), logits[chunk].to(dtype).contiguous()
         v, stride = _numba.with_pixel_stride(v)
         G, rows = a.shape[3], a.shape[0] * H
@@ -76,7 +77,7 @@ def backward(
                 _KERNELS, 'backward', a.numel() * C // G, *_numba.vectors(dtype, C // G, taps), (0, tasks), block, rows,
                 ga, attention, *sums, g, v, stride, a, mul, scratch, scratch.stride(0) * scratch.element_size(),
                 H, W, C, G, kernel_size, dilation, normalize)
-            _aggregate(gv, g, attention, turned_mul, turned_add, kernel_size, dilation, normalize=False, turned=True)
+            aggregate(gv, g, attention, turned_mul, turned_add, kernel_size, dilation, normalize=False, turned=True)
         for total, x in zip((grad_mul, grad_add), sums):
             if total is not None:
                 total += x.sum(dim=0)
@@ -95,14 +96,15 @@ def _by_channel(grad: Optional[torch.Tensor], ghost: Optional[torch.Tensor]) -> 
     return None if grad is None else grad.t().contiguous().view(ghost.shape).to(ghost.dtype)
 
 
-def _chunks(logits: torch.Tensor) -> Iterator[slice]:
+def chunks(logits: torch.Tensor) -> Iterator[slice]:
+    """Samples that pass through all loops together, so that their logits stay in cache."""
     B = logits.shape[0]
     step = max(1, _CHUNK_BYTES * B // max(1, 4 * logits.numel()))
     for start in range(0, B, step):
         yield slice(start, min(start + step, B))
 
 
-def _aggregate(
+def aggregate(
         out: torch.Tensor,
         value: torch.Tensor,
         logits: torch.Tensor,
@@ -113,6 +115,17 @@ def _aggregate(
         normalize: bool,
         turned: bool = False,
 ) -> None:
+    """Write the aggregation to `out`, for sums in the type of all tensors.
+
+    Args:
+        out: (B, H, W, C), contiguous.
+        value: (B, H, W, C).
+        logits: (B, H, W, G, K * K).
+        mul, add: Ghost matrices as (K * K, C), or None.
+        K, d: Kernel size and dilation.
+        normalize: False takes the logits as attention.
+        turned: The transposed aggregation, of attention that pixels have for others, which receive it here.
+    """
     B, H, W, C = value.shape
     G = logits.shape[3]
     value, stride = _numba.with_pixel_stride(value)

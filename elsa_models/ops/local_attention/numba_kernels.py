@@ -5,10 +5,9 @@ type of vector in which channels are taken, its width a divisor of the channels 
 are taken, its width a divisor of all taps but the last. Pixels are numbered through the batch. Taps in rows beside the
 map are passed over; those in columns beside it meet a zero, and what is no number may show there.
 """
-import logging
-
 import numba
 
+from .._njit import compiled, inlined, parallel
 from .._simd import (
     add,
     bytes_of,
@@ -30,26 +29,8 @@ from .._simd import (
     width,
 )
 
-_logger = logging.getLogger(__name__)
 
-
-def _compiled(function, **options):
-    try:
-        return numba.njit(nogil=True, error_model='numpy', cache=True, **options)(function)
-    except RuntimeError as e:  # no folder to write to
-        _logger.info('Compiled kernels are not kept: %s', e)
-        return numba.njit(nogil=True, error_model='numpy', **options)(function)
-
-
-def _parallel(function):
-    return _compiled(function, parallel=True)
-
-
-def _inline(function):  # 0.95 of the time of a call, which passes vectors through memory
-    return _compiled(function, inline='always')
-
-
-@_compiled
+@compiled
 def _attend(lanes, weights, start, logits, at, taps, normalize):
     """Write the softmax of logits[at:at + taps], or a copy of it, to weights[start:]."""
     many = taps - 1
@@ -75,7 +56,7 @@ def _attend(lanes, weights, start, logits, at, taps, normalize):
     put(weights, start + many, first_entry(mul(last, scale)))
 
 
-@_compiled
+@compiled
 def _refine(vec, weight, ghost_mul, ghost_add, at):
     """Weights of the channels for one tap: the attention's, refined by the ghost head."""
     weight = fill(weight, vec)
@@ -88,15 +69,15 @@ def _refine(vec, weight, ghost_mul, ghost_add, at):
     return weight
 
 
-@_compiled
-def _column(vec, line, x, W, stride):
+@compiled
+def channels_at(vec, line, x, W, stride):
     """Channels at column x of a row of the map that begins at address `line`; zeros beside the map."""
     if 0 <= x < W:
         return load(line, x * stride, vec)
     return fill(0., vec)
 
 
-@_inline
+@inlined
 def _sum_inside(vec, p, c, top, bottom, value, stride, weights, ghost_mul, ghost_add, W, C, K, d):
     """The output of four pixels from p on, d apart, that have no taps beside the map, for the channels from c on.
 
@@ -120,7 +101,7 @@ def _sum_inside(vec, p, c, top, bottom, value, stride, weights, ghost_mul, ghost
     return a0, a1, a2, a3
 
 
-@_inline
+@inlined
 def _sum_anywhere(
         vec, row, x, c, top, bottom, value, stride, weights, turned, ghost_mul, ghost_add, W, C, K, d):
     """The output of four pixels from column x on, d apart, for the channels from c on.
@@ -135,15 +116,15 @@ def _sum_anywhere(
         start = (row + (i - r) * d) * W
         line = value + (start * stride + c) * size
         u = x - r * d
-        v0 = _column(vec, line, u, W, stride)
-        v1 = _column(vec, line, u + d, W, stride)
-        v2 = _column(vec, line, u + 2 * d, W, stride)
+        v0 = channels_at(vec, line, u, W, stride)
+        v1 = channels_at(vec, line, u + d, W, stride)
+        v2 = channels_at(vec, line, u + 2 * d, W, stride)
         if turned is not None:
             b0 = _seen(weights, start, u, turned, size)
             b1 = _seen(weights, start, u + d, turned, size)
             b2 = _seen(weights, start, u + 2 * d, turned, size)
         for k in range(i * K, (i + 1) * K):
-            v3 = _column(vec, line, u + 3 * d, W, stride)
+            v3 = channels_at(vec, line, u + 3 * d, W, stride)
             at = k
             if turned is not None:
                 b3 = _seen(weights, start, u + 3 * d, turned, size)
@@ -160,7 +141,7 @@ def _sum_anywhere(
     return a0, a1, a2, a3
 
 
-@_compiled
+@compiled
 def _seen(weights, start, x, turned, size):
     """Address of the weights of the pixel in column x, or in the nearest of those that see one another."""
     # beside the map any weight serves, for it meets a value of zero; but none of a pixel that the other does not see
@@ -168,14 +149,14 @@ def _seen(weights, start, x, turned, size):
     return weights + (start + min(max(x, first), last)) * hop * size
 
 
-@_compiled
+@compiled
 def _fetch_logits(logits, p, size):
     """Send for those of four pixels from p on, `size` bytes each: 0.7 to 0.9 of the time where maps exceed caches."""
     for n in range(0, 4 * size, 64):
         fetch(logits + p * size + n)
 
 
-@_compiled
+@compiled
 def _forward_row(
         vec, lanes, row, out, value, stride, logits, turned, ghost_mul, ghost_add, weights,
         H, W, C, G, K, d, normalize):
@@ -213,7 +194,7 @@ def _forward_row(
                     _store_some(out, p * C + c, d * C, pixels, a0, a1, a2, a3)
 
 
-@_inline
+@inlined
 def _store_some(out, at, step, count, a0, a1, a2, a3):
     """Write the first `count` of four vectors, `step` apart."""
     store(out, at, a0)
@@ -225,7 +206,7 @@ def _store_some(out, at, step, count, a0, a1, a2, a3):
         store(out, at + 3 * step, a3)
 
 
-@_compiled
+@compiled
 def _backward_rows(
         vec, lanes, rows, task, grad_logits, attention, grad_mul, grad_add, grad, value, stride, logits, ghost_mul,
         weights, dots, H, W, C, G, K, d, normalize):
@@ -264,11 +245,11 @@ def _backward_rows(
                         for i in range(top, bottom):
                             line = value + ((row + (i - r) * d) * W * stride + c) * size
                             u = x - r * d
-                            v0 = _column(vec, line, u, W, stride)
-                            v1 = _column(vec, line, u + d, W, stride)
-                            v2 = _column(vec, line, u + 2 * d, W, stride)
+                            v0 = channels_at(vec, line, u, W, stride)
+                            v1 = channels_at(vec, line, u + d, W, stride)
+                            v2 = channels_at(vec, line, u + 2 * d, W, stride)
                             for k in range(i * K, (i + 1) * K):
-                                v3 = _column(vec, line, u + 3 * d, W, stride)
+                                v3 = channels_at(vec, line, u + 3 * d, W, stride)
                                 m = k * C + c
                                 e0, e1, e2, e3 = mul(u0, v0), mul(u1, v1), mul(u2, v2), mul(u3, v3)
                                 if grad_add is not None:
@@ -296,7 +277,7 @@ def _backward_rows(
                             lanes, grad_logits, own * hop + g * taps, weights, dots, q * taps, taps, normalize)
 
 
-@_compiled
+@compiled
 def _attend_backward(lanes, grad_logits, at, weights, dots, start, taps, normalize):
     """Gradient of the softmax `weights` for their gradient `dots`; or a copy of that."""
     many = taps - 1
@@ -315,7 +296,7 @@ def _attend_backward(lanes, grad_logits, at, weights, dots, start, taps, normali
     put(grad_logits, at + many, last * (get(dots, start + many, lanes) - mean))
 
 
-@_compiled
+@compiled
 def forward(
         vec, lanes, tasks, block, rows, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch, room,
         H, W, C, G, K, d, normalize):
@@ -327,7 +308,7 @@ def forward(
                 H, W, C, G, K, d, normalize)
 
 
-@_compiled
+@compiled
 def backward(
         vec, lanes, tasks, block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride, logits,
         ghost_mul, scratch, room, H, W, C, G, K, d, normalize):
@@ -342,7 +323,7 @@ def backward(
 # the compiled code is kept by name: a function that differs in options alone would be taken for the other
 
 
-@_parallel
+@parallel
 def forward_parallel(
         vec, lanes, tasks, block, rows, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch, room,
         H, W, C, G, K, d, normalize):
@@ -352,7 +333,7 @@ def forward_parallel(
             scratch, room, H, W, C, G, K, d, normalize)
 
 
-@_parallel
+@parallel
 def backward_parallel(
         vec, lanes, tasks, block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride, logits,
         ghost_mul, scratch, room, H, W, C, G, K, d, normalize):

@@ -14,12 +14,6 @@ import torch
 import torch.nn.functional as F
 
 
-def tile_width(width: int, tile: int = 14) -> int:
-    """Width of the tiles that cut a row of `width` pixels with little padding; 14 divides the maps at 224 pixels."""
-    count = max(1, (width + tile // 2) // tile)
-    return max(1, (width + count - 1) // count)
-
-
 def local_attention_plain(
         value: torch.Tensor,
         logits: torch.Tensor,

@@ -14,7 +14,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from .eager import Grads, compute_dtype
+from .._bands import compute_dtype
+from .eager import Grads
 
 _INTERPRET = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
