@@ -16,10 +16,9 @@ import pytest
 import torch
 from helpers import assert_near
 
-from elsa_models.ops import local_attention, local_attention_reference
+from elsa_models.ops import _triton, local_attention, local_attention_reference
 from elsa_models.ops.local_attention import triton as triton_backend
 from elsa_models.ops.local_attention.api import OPERATOR
-from elsa_models.ops.local_attention.triton import Blocks
 
 pytest.importorskip('triton')
 HERE = Path(__file__).parent
@@ -73,7 +72,7 @@ class _Guarded:
         self.buffers = []
 
     def __call__(self, like, shape, dtype):
-        dtype = torch.float32 if triton_backend._INTERPRET and dtype == torch.bfloat16 else dtype
+        dtype = torch.float32 if _triton.INTERPRET and dtype == torch.bfloat16 else dtype
         count = torch.Size(shape).numel()
         buffer = torch.full((count + 2 * self.PAD,), self.CANARY, dtype=dtype, device=like.device)
         inside = buffer[self.PAD:self.PAD + count]
@@ -103,9 +102,9 @@ def _tensors(case: Case, dtype=torch.float64):
 
 def _check(case: Case, monkeypatch, dtype=torch.float64, tolerance=1e-12):
     guard = _Guarded()
-    monkeypatch.setattr(triton_backend, '_empty', guard)
-    monkeypatch.setattr(triton_backend, '_fitting', lambda width: [Blocks(case.pixels, 1)])
-    monkeypatch.setattr(triton_backend, '_tile', lambda *args: case.tile)
+    monkeypatch.setattr(_triton, 'empty', guard)
+    monkeypatch.setattr(_triton, 'fitting', lambda width: [_triton.Blocks(case.pixels, 1)])
+    monkeypatch.setattr(_triton, 'tile', lambda *args: case.tile)
     grad, value, logits, mul, add = _tensors(case, dtype)
     inputs = [None if x is None else _surrounded(x) for x in (grad, value, logits, mul, add)]
     args = case.kernel_size, case.dilation, case.normalize
@@ -151,7 +150,7 @@ def test_dilation_beyond_the_map(monkeypatch):
 @pytest.mark.parametrize('H, W, pixels, reach', [
     (56, 56, 64, 3), (7, 7, 64, 3), (1, 40, 16, 0), (33, 5, 128, 6), (1, 1, 16, 9)])
 def test_tiles_fit_and_are_even(H, W, pixels, reach):
-    TH, TW = triton_backend._tile(H, W, pixels, reach)
+    TH, TW = _triton.tile(H, W, pixels, reach)
     assert 1 <= TH <= H and 1 <= TW <= W and TH * TW <= pixels
     assert TH == -(-H // -(-H // TH)) and TW == -(-W // -(-W // TW))
     if (H, W) == (56, 56):
@@ -184,13 +183,13 @@ def test_offsets_beyond_32_bits(far, monkeypatch):
 
 
 def test_refuses_what_it_cannot_serve():
-    if not triton_backend._INTERPRET:
+    if not _triton.INTERPRET:
         assert triton_backend.refuse(torch.empty(1)) == 'it needs a CUDA tensor, got one on cpu.'
     assert 'meta' in triton_backend.refuse(torch.empty(1, device='meta'))
 
 
 def test_refuses_without_triton(monkeypatch):
-    monkeypatch.setattr(triton_backend, '_HAS_TRITON', False)
+    monkeypatch.setattr(_triton, '_HAS_TRITON', False)
     assert triton_backend.refuse(torch.empty(1)) == 'Triton is not installed.'
 
 
@@ -199,20 +198,20 @@ def test_refuses_without_triton(monkeypatch):
 def test_refuses_other_gpus(cuda, capability, expected, monkeypatch, fresh_compiler):
     monkeypatch.setattr(torch.version, 'cuda', cuda)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
-    triton_backend._refuse_gpu.cache_clear()
+    _triton._refuse_gpu.cache_clear()
     try:
-        reason = triton_backend._refuse_gpu(0)
+        reason = _triton._refuse_gpu(0)
         assert reason is None if expected is None else expected in reason
         # a compiled program asks as well, and makes a constant of the answer
-        compiled = torch.compile(lambda x: x + (triton_backend._refuse_gpu(0) is None), fullgraph=True, backend='eager')
+        compiled = torch.compile(lambda x: x + (_triton._refuse_gpu(0) is None), fullgraph=True, backend='eager')
         assert compiled(torch.zeros(())) == (expected is None)
     finally:
-        triton_backend._refuse_gpu.cache_clear()
+        _triton._refuse_gpu.cache_clear()
 
 
 @pytest.mark.parametrize('width', [1, 8, 16, 32, 64, 256, 1024])
 def test_some_blocks_fit(width):
-    assert triton_backend._fitting(width)
+    assert _triton.fitting(width)
 
 
 # a GPU
@@ -227,18 +226,18 @@ class TestOnGpu:
         assert OPERATOR.select(value) == 'triton'
 
     def test_blocks_are_timed_once(self, monkeypatch):
-        monkeypatch.setattr(triton_backend, '_chosen', {})
+        monkeypatch.setattr(_triton, '_chosen', {})
         _, value, logits, mul, add = _tensors(CASES[0], torch.float32)
         triton_backend.forward(value, logits, mul, add, 3, 1, True)
-        chosen = dict(triton_backend._chosen)
+        chosen = dict(_triton._chosen)
         assert len(chosen) == 1
-        monkeypatch.setattr(triton_backend, '_time', None)
+        monkeypatch.setattr(_triton, '_time', None)
         triton_backend.forward(value, logits, mul, add, 3, 1, True)
-        assert triton_backend._chosen == chosen
+        assert _triton._chosen == chosen
 
     @pytest.mark.parametrize('timed', [True, False])
     def test_graph_capture(self, timed, monkeypatch):
-        monkeypatch.setattr(triton_backend, '_chosen', {})
+        monkeypatch.setattr(_triton, '_chosen', {})
         grad, *tensors = _tensors(CASES[0], torch.float32)
 
         def run():
@@ -287,7 +286,7 @@ QUICK = 'triton-cpu and (' + ' or '.join([
 ]) + ')'
 
 
-@pytest.mark.skipif(triton_backend._INTERPRET, reason='would run itself')
+@pytest.mark.skipif(_triton.INTERPRET, reason='would run itself')
 @pytest.mark.parametrize('path, wanted', [
     ('test_triton.py', 'not mutation'),
     ('test_local_attention.py', QUICK),
@@ -394,7 +393,7 @@ def _outcome(monkeypatch) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not triton_backend._INTERPRET, reason='for the interpreter')
+@pytest.mark.skipif(not _triton.INTERPRET, reason='for the interpreter')
 @pytest.mark.parametrize('function, old, new', MUTATIONS, ids=lambda x: x.strip())
 def test_mutation_is_caught(function, old, new, tmp_path, monkeypatch):
     original = Path(triton_backend._kernels().__file__).read_text()

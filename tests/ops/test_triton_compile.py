@@ -12,10 +12,11 @@ from typing import Any, Dict, List, Tuple
 import pytest
 import torch
 
+from elsa_models.ops import _triton
 from elsa_models.ops.local_attention import triton as triton_backend
 
 triton = pytest.importorskip('triton')
-pytestmark = pytest.mark.skipif(triton_backend._INTERPRET, reason='the interpreter compiles nothing')
+pytestmark = pytest.mark.skipif(_triton.INTERPRET, reason='the interpreter compiles nothing')
 
 TYPES = {torch.float64: 'fp64', torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 Launch = Tuple[str, Tuple, Dict[str, Any]]
@@ -34,7 +35,7 @@ def _record(monkeypatch, blocks=None, dtype=torch.bfloat16, shape=(2, 56, 56, 96
 
     monkeypatch.setattr(triton_backend, '_kernels', Recorder)
     if blocks is not None:
-        monkeypatch.setattr(triton_backend, '_fitting', lambda width: [blocks])
+        monkeypatch.setattr(_triton, 'fitting', lambda width: [blocks])
     B, H, W, C = shape
     K = kernel_size
     value, grad = (torch.empty(B, H, W, 3 * C, dtype=dtype)[..., C:2 * C] for _ in range(2))
@@ -110,7 +111,7 @@ def test_compiles_and_hardly_spills(options, capability, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('capability', [80, 90])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize('blocks', triton_backend._CANDIDATES, ids=str)
+@pytest.mark.parametrize('blocks', _triton._CANDIDATES, ids=str)
 def test_candidates_compile(blocks, dtype, capability, monkeypatch):
     for launch in _record(monkeypatch, blocks, dtype, ghosts='ma'):
         assert _compile(launch, capability)[2] <= 48 << 10

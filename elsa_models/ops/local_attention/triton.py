@@ -1,69 +1,17 @@
 """Local attention by Triton kernels: the backend for CUDA tensors.
 
-This module decides sizes and launches; what the kernels do and what traffic to expect of them is in
-`triton_kernels.py`, which is imported at the first launch. With `TRITON_INTERPRET=1` in the environment before
-elsa_models is imported, Triton's interpreter runs the same kernels on CPU tensors, slowly: for tests.
-
-How a kernel is cut into blocks is timed once per kind of problem and process, and kept. Nothing is timed while a CUDA
-graph is captured, nor where PyTorch is told to be deterministic: blocks decide the order of sums, and so the last bit.
+This module launches; what the kernels do and what traffic to expect of them is in `triton_kernels.py`, which is
+imported at the first launch. How they are cut into blocks is decided in `_triton.py`.
 """
 import functools
-import importlib.util
-import os
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Optional
 
 import torch
 
-from .._bands import compute_dtype
+from .. import _triton
 from .eager import Grads
 
-_INTERPRET = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
-_HAS_TRITON = importlib.util.find_spec('triton') is not None
-_MIN_CAPABILITY = (8, 0)  # the oldest GPUs that Triton supports
-
-_BLOCK_CHANNELS = 64  # channels of a head that one program takes at most
-_NUMBERS = 16  # of one block that a thread holds: with more, machine code for sm_90 spills registers
-_PROGRAMS_PER_SM = 8  # that sum ghost gradients: enough to fill it, few enough that their partial sums stay small
-_TIMED_LAUNCHES = 7
-
-
-class Blocks(NamedTuple):
-    """How a kernel is cut: pixels of a tile at most, and warps that share one."""
-    pixels: int
-    warps: int
-
-
-_CANDIDATES = (Blocks(64, 4), Blocks(64, 8), Blocks(32, 4), Blocks(128, 8))  # the first that fits serves untimed
-_WIDE = Blocks(16, 8)  # where none fits
-_INTERPRETED = (Blocks(32, 1),)  # it sums pixels one after the other, and 64 lose digits that a GPU keeps
-
-_chosen: Dict[Tuple, Blocks] = {}
-
-
-def refuse(value: torch.Tensor) -> Optional[str]:
-    """Why this backend cannot serve `value`, or None: it needs Triton and an NVIDIA GPU, or Triton's interpreter."""
-    if not _HAS_TRITON:
-        return 'Triton is not installed.'
-    if _INTERPRET:
-        return None if value.device.type in ('cpu', 'cuda') else f'it has no kernels for {value.device.type}.'
-    if value.device.type != 'cuda':
-        return f'it needs a CUDA tensor, got one on {value.device.type}.'
-    return _refuse_gpu(value.device.index)
-
-
-@torch.compiler.assume_constant_result  # a property of the machine, not of the graph
-@functools.lru_cache(maxsize=None)
-def _refuse_gpu(index: Optional[int]) -> Optional[str]:
-    if torch.version.cuda is None:
-        return 'it has been written for NVIDIA GPUs only.'
-    capability = torch.cuda.get_device_capability(index)
-    if capability < _MIN_CAPABILITY:
-        return f'it needs compute capability 8.0, got {capability[0]}.{capability[1]}.'
-    try:
-        _kernels()
-    except Exception as error:  # whatever a broken installation raises: PyTorch alone can serve
-        return f'Triton cannot be imported: {error!r}.'
-    return None
+refuse = _triton.refuse
 
 
 @functools.lru_cache(maxsize=None)
@@ -82,18 +30,19 @@ def forward(
         normalize: bool,
 ) -> torch.Tensor:
     """See `local_attention_reference`, whose arguments and result these are."""
-    logits = _with_near_taps(logits)
-    problem = _Problem(value, logits, kernel_size, dilation, normalize)
+    logits = _triton.with_near_taps(logits)
+    problem = _triton.Problem(value, logits.shape[3], kernel_size, dilation)
     mul, add = _by_tap(ghost_mul), _by_tap(ghost_add)
-    out = _empty(value, value.shape, value.dtype)
+    out = _triton.empty(value, value.shape, value.dtype)
 
-    def launch(blocks: Blocks) -> None:
+    def launch(blocks: _triton.Blocks) -> None:
         sizes, grid = problem.cut(blocks)
         _kernels().forward_kernel[grid,](
-            out, value, logits, mul, add, **sizes, splits=problem.splits, **_strides(v=value, l=logits),
-            KP=problem.side, HAS_MUL=mul is not None, HAS_ADD=add is not None, **_options(blocks))
+            out, value, logits, mul, add, **sizes, splits=problem.splits, **_triton.strides(v=value, l=logits),
+            KP=problem.side, NORMALIZE=normalize, HAS_MUL=mul is not None, HAS_ADD=add is not None,
+            **_triton.options(blocks))
 
-    problem.launch('forward', launch, problem.BC, (mul is not None, add is not None))
+    problem.launch('forward', launch, problem.BC, (normalize, mul is not None, add is not None))
     return out.to(value.dtype)
 
 
@@ -108,169 +57,67 @@ def backward(
         normalize: bool,
 ) -> Grads:
     """Gradients of value, logits, ghost_mul and ghost_add (None where that is None) for the output's `grad`."""
-    logits = _with_near_taps(logits)
-    problem = _Problem(value, logits, kernel_size, dilation, normalize)
+    logits = _triton.with_near_taps(logits)
+    problem = _triton.Problem(value, logits.shape[3], kernel_size, dilation)
     mul, add = _by_tap(ghost_mul), _by_tap(ghost_add)
     has = mul is not None, add is not None
-    grad_value, grad_logits = (_empty(x, x.shape, x.dtype) for x in (value, logits))
-    stats = _empty(value, logits.shape[:4] + (2,), problem.dtype) if normalize else None
-    partial = [None if x is None else _empty(value, (0, *x.shape), problem.dtype) for x in (ghost_mul, ghost_add)]
+    grad_logits = _triton.empty(logits, logits.shape, logits.dtype)
+    stats = _triton.empty(value, logits.shape[:4] + (2,), problem.dtype) if normalize else None
+    partial = [None if x is None else _triton.empty(x, (0, *x.shape), problem.dtype) for x in (ghost_mul, ghost_add)]
 
-    def launch_logits(blocks: Blocks, to_logits: bool, to_ghosts: bool) -> None:
+    def launch_logits(blocks: _triton.Blocks, to_logits: bool, to_ghosts: bool) -> None:
         splits, steps = (1, problem.splits) if to_logits else (problem.splits, 1)
         sizes, grid = problem.cut(blocks, splits)
         tiles = grid // (problem.G * splits)
         programs = problem.programs(tiles, splits) if to_ghosts else tiles
         if to_ghosts:
             shape = (programs, problem.C, kernel_size, kernel_size)
-            partial[:] = [_empty(value, shape, problem.dtype) if x else None for x in has]
+            partial[:] = [_triton.empty(value, shape, problem.dtype) if x else None for x in has]
         _kernels().backward_logits_kernel[programs * problem.G * splits,](
             grad_logits, stats, *partial, grad, value, logits, mul, **sizes,
-            tiles=tiles, programs=programs, splits=splits, steps=steps, **_strides(g=grad, v=value, l=logits),
-            KP=problem.side, HAS_MUL=has[0],
-            LOGITS=to_logits, GRAD_MUL=to_ghosts and has[0], GRAD_ADD=to_ghosts and has[1], **_options(blocks))
-
-    def launch_value(blocks: Blocks) -> None:
-        sizes, grid = problem.cut(blocks)
-        _kernels().backward_value_kernel[grid,](
-            grad_value, grad, logits, stats, mul, add, **sizes, splits=problem.splits,
-            **_strides(g=grad, l=logits), HAS_MUL=has[0], HAS_ADD=has[1], **_options(blocks))
+            tiles=tiles, programs=programs, splits=splits, steps=steps, **_triton.strides(g=grad, v=value, l=logits),
+            KP=problem.side, NORMALIZE=normalize, HAS_MUL=has[0],
+            LOGITS=to_logits, GRAD_MUL=to_ghosts and has[0], GRAD_ADD=to_ghosts and has[1], **_triton.options(blocks))
 
     fused = any(has) and problem.splits == 1  # one reading of grad and value for all three
     width = max(problem.BC, problem.side ** 2)
-    problem.launch('backward_logits', lambda blocks: launch_logits(blocks, True, fused), width, has)
+    problem.launch('backward_logits', lambda blocks: launch_logits(blocks, True, fused), width, (normalize, *has))
     if any(has) and not fused:
-        problem.launch('backward_ghosts', lambda blocks: launch_logits(blocks, False, True), width, has)
-    problem.launch('backward_value', launch_value, problem.BC, has)
+        problem.launch('backward_ghosts', lambda blocks: launch_logits(blocks, False, True), width, (normalize, *has))
+    grad_value = _transposed(problem, grad, logits, stats, mul, add)
     grad_mul, grad_add = (None if x is None else x.sum(0).to(value.dtype) for x in partial)
-    return grad_value.to(value.dtype), grad_logits.to(value.dtype), grad_mul, grad_add
+    return grad_value, grad_logits.to(value.dtype), grad_mul, grad_add
 
 
-class _Problem:
-    """Sizes of one call, and what the kernels are told of them."""
-
-    def __init__(self, value: torch.Tensor, logits: torch.Tensor, K: int, dilation: int, normalize: bool) -> None:
-        self.B, self.H, self.W, self.C = value.shape
-        self.G = logits.shape[3]
-        self.width = self.C // self.G
-        self.K, self.normalize, self.device = K, normalize, value.device
-        self.dilation = min(dilation, max(self.H, self.W))  # further out there is nothing either
-        self.storage, self.dtype = value.dtype, compute_dtype(value)
-        self.BC = min(_BLOCK_CHANNELS, _power_of_two(self.width))
-        self.splits = -(-self.width // self.BC)  # blocks of channels in a head
-        self.side = _power_of_two(K)
-
-    def cut(self, blocks: Blocks, splits: Optional[int] = None) -> Tuple[Dict[str, Any], int]:
-        """What all kernels are told, and the number of programs if each has one tile."""
-        TH, TW = _tile(self.H, self.W, blocks.pixels, self.K // 2 * self.dilation)
-        tiles_h, tiles_w = -(-self.H // TH), -(-self.W // TW)
-        sizes = dict(
-            H=self.H, W=self.W, C=self.C, width=self.width, TH=TH, TW=TW, tiles_h=tiles_h, tiles_w=tiles_w,
-            heads=self.G, rows=self.K, dilation=self.dilation, K=self.K, BP=blocks.pixels, BC=self.BC,
-            T=_triton_type(self.dtype), NORMALIZE=self.normalize)
-        return sizes, self.B * tiles_h * tiles_w * self.G * (self.splits if splits is None else splits)
-
-    def programs(self, tiles: int, splits: int) -> int:
-        """Programs of each head and block among which the tiles are dealt out where sums over tiles are taken."""
-        if self.device.type == 'cuda':
-            wanted = _PROGRAMS_PER_SM * torch.cuda.get_device_properties(self.device).multi_processor_count
-        else:
-            wanted = 3 * self.G * splits  # some, so that tests see more than one tile in a program
-        return min(tiles, -(-wanted // (self.G * splits)))
-
-    def launch(self, kernel: str, launch: Callable[[Blocks], None], width: int, has: Tuple[bool, bool]) -> None:
-        """Launch with the best blocks known; `width` is the widest block of numbers that belongs to one pixel."""
-        if self.B == 0:
-            return
-        candidates = _fitting(width)
-        if self.device.type != 'cuda':
-            launch(candidates[0])
-            return
-        with torch.cuda.device(self.device):
-            if torch.are_deterministic_algorithms_enabled():
-                launch(candidates[0])
-                return
-            key = (
-                kernel, self.device.index, self.storage, self.K, self.dilation > 1, self.width, self.normalize, has,
-                (self.B * self.H * self.W * self.G).bit_length())
-            if key not in _chosen:
-                if torch.cuda.is_current_stream_capturing():
-                    launch(candidates[0])
-                    return
-                _chosen[key] = min(candidates, key=lambda blocks: _time(launch, blocks))
-            launch(_chosen[key])
+def aggregate_transposed(
+        value: torch.Tensor, weights: torch.Tensor, kernel_size: int, dilation: int) -> torch.Tensor:
+    """Send every pixel of `value`, times its `weights`, to its K x K neighbours: (B, H, W, C)."""
+    problem = _triton.Problem(value, weights.shape[3], kernel_size, dilation)
+    return _transposed(problem, value, _triton.with_near_taps(weights), None, None, None)
 
 
-def _fitting(width: int) -> List[Blocks]:
-    """Candidates whose threads can hold `width` numbers of every pixel; at least one."""
-    if _INTERPRET:
-        return [*_INTERPRETED]
-    fitting = [x for x in _CANDIDATES if x.pixels * width <= _NUMBERS * 32 * x.warps]
-    return fitting or [_WIDE]
+def _transposed(
+        problem: _triton.Problem,
+        grad: torch.Tensor,
+        logits: torch.Tensor,
+        stats: Optional[torch.Tensor],
+        mul: Optional[torch.Tensor],
+        add: Optional[torch.Tensor],
+) -> torch.Tensor:
+    """Gradient of the values; without statistics of their softmax the logits are weights."""
+    out = _triton.empty(grad, grad.shape, grad.dtype)
+    form = stats is not None, mul is not None, add is not None
 
+    def launch(blocks: _triton.Blocks) -> None:
+        sizes, grid = problem.cut(blocks)
+        _kernels().backward_value_kernel[grid,](
+            out, grad, logits, stats, mul, add, **sizes, splits=problem.splits, **_triton.strides(g=grad, l=logits),
+            NORMALIZE=form[0], HAS_MUL=form[1], HAS_ADD=form[2], **_triton.options(blocks))
 
-def _time(launch: Callable[[Blocks], None], blocks: Blocks) -> float:
-    """Median milliseconds of a launch, infinite where the GPU has not the registers or the shared memory for it."""
-    from triton.runtime.errors import OutOfResources
-    try:
-        launch(blocks)  # compiles
-    except OutOfResources:
-        return float('inf')
-    times = []
-    for _ in range(_TIMED_LAUNCHES):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        launch(blocks)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[_TIMED_LAUNCHES // 2]
-
-
-@functools.lru_cache(maxsize=4096)
-def _tile(H: int, W: int, pixels: int, reach: int) -> Tuple[int, int]:
-    """Height and width of tiles of at most so many pixels that cover a map with little idle work and little halo."""
-    best, best_cost = (1, 1), float('inf')
-    for TW in range(1, min(W, pixels) + 1):
-        TH = min(H, pixels // TW)
-        tiles = -(-H // TH) * -(-W // TW)
-        TH, TW = -(-H // -(-H // TH)), -(-W // -(-W // TW))  # the same number of tiles, as even as can be
-        cost = tiles * (pixels + (TH + 2 * reach) * (TW + 2 * reach))
-        if cost < best_cost:
-            best, best_cost = (TH, TW), cost
-    return best
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _empty(like: torch.Tensor, shape: Tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    # the interpreter cuts what a GPU rounds to bfloat16, so there PyTorch rounds
-    return like.new_empty(shape, dtype=torch.float32 if _INTERPRET and dtype == torch.bfloat16 else dtype)
-
-
-def _with_near_taps(logits: torch.Tensor) -> torch.Tensor:
-    # taps of a pixel are addressed in 32 bits, everything else in 64
-    return logits if logits.shape[4] * logits.stride(4) < 2 ** 31 else logits.contiguous()
+    problem.launch('backward_value', launch, problem.BC, form)
+    return out.to(grad.dtype)
 
 
 def _by_tap(ghost: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     """Turn (C, K, K) into (K, K, C), so that a tap's channels are read at once."""
     return None if ghost is None else ghost.permute(1, 2, 0).contiguous()
-
-
-def _strides(**tensors: torch.Tensor) -> Dict[str, int]:
-    """Strides by the names of the kernels' arguments: `v=value` gives vb, vh, vw, vc, and a fifth dimension lt."""
-    names = {4: 'bhwc', 5: 'bhwgt'}
-    return {p + n: stride for p, x in tensors.items() for n, stride in zip(names[x.dim()], x.stride())}
-
-
-def _options(blocks: Blocks) -> Dict[str, Any]:
-    # a multiplication and an addition are one instruction only where Triton is told so, from 3.10 on
-    return dict(num_warps=blocks.warps, enable_fp_fusion=True)
-
-
-def _triton_type(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-    return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype]

@@ -29,7 +29,7 @@ def local_logits(
 ) -> torch.Tensor:
     """Products of every pixel's query with the keys of its K x K neighbours: the logits that `local_attention` takes.
 
-    `l[p, g, (i, j)] = query[p, g] . key[p + dilation * ((i, j) - K // 2), g] + row_bias[p, g, i] + column_bias[p, g, j]`
+    `l[p, g, (i, j)] = q[p, g] . k[p + dilation * ((i, j) - K // 2), g] + row_bias[p, g, i] + column_bias[p, g, j]`.
     There is no factor of `(C / G) ** -0.5`. Relative positions by rows and columns, `query . (row[i], column[j])`, are
     two small matrix products of the caller's and enter as the biases. Differentiable with respect to all four tensors,
     twice. Half precisions are summed in float32. Under autocast the tensors are cast as for a matrix product. Eager
@@ -176,7 +176,8 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(grad, query, key, has_row_bias, has_column_bias, kernel_size, dilation, num_heads, border, backend):
-    biases = [query.new_empty(*query.shape[:3], num_heads, kernel_size) for has in (has_row_bias, has_column_bias) if has]
+    bias_shape = (*query.shape[:3], num_heads, kernel_size)
+    biases = [query.new_empty(bias_shape) for has in (has_row_bias, has_column_bias) if has]
     return [query.new_empty(query.shape), key.new_empty(key.shape), *biases]
 
 

@@ -1,7 +1,8 @@
 """The cost of local logits, for `torch.utils.flop_counter.FlopCounterMode`.
 
-Over K x K taps, C channels and N pixels the products cost `2 * K ** 2 * C * N` operations, two to a multiply-accumulate.
-Backward costs twice the forward pass, as for the matrix products that PyTorch counts. Biases are not counted.
+Over K x K taps, C channels and N pixels the products cost `2 * K ** 2 * C * N` operations, two to a
+multiply-accumulate. Backward costs twice the forward pass, as for the matrix products that PyTorch counts. Biases are
+not counted.
 """
 import torch
 from torch.utils.flop_counter import register_flop_formula

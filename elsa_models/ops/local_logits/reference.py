@@ -21,7 +21,7 @@ def local_logits_reference(
 ) -> torch.Tensor:
     """Products of every pixel's query with the keys of its K x K neighbours, and a bias for rows and columns of taps.
 
-    `l[p, g, (i, j)] = query[p, g] . key[p + dilation * ((i, j) - K // 2), g] + row_bias[p, g, i] + column_bias[p, g, j]`
+    `l[p, g, (i, j)] = q[p, g] . k[p + dilation * ((i, j) - K // 2), g] + row_bias[p, g, i] + column_bias[p, g, j]`
 
     Args:
         query: (B, H, W, C), head g owning channels g * C / G to (g + 1) * C / G - 1.
