@@ -3,7 +3,8 @@ from . import models
 from .export import export_onnx
 from .hub import WeightsError, get_hub_namespace, load_weights, set_hub_namespace
 from .layers import ElsaAttention, ElsaBlock
-from .models import ElsaSwin, ElsaVolo, token_label_loss, warm_start
+from .layers.batch_norm import reestimate_batch_norm
+from .models import ElsaSwin, ElsaVolo, RefinerVit, token_label_loss, warm_start
 from .ops import (
     available_backends,
     explain_backend,

@@ -3,3 +3,4 @@ from ._token_labels import TokenLabelModel, TokenLabelOutput, token_label_loss
 from ._warm_start import WarmStartReport, warm_start
 from .elsa_swin import ElsaSwin
 from .elsa_volo import ElsaVolo
+from .refiner_vit import RefinerVit

@@ -1,0 +1,472 @@
+"""Refinement of attention maps, and their product with values, without an expanded map in memory.
+
+    M = scale * BN4(A + BN3(W3 * relu6(BN2(D * relu6(BN1(W1 * A))))))        out = M @ value
+
+A is (B, h, N, N); W1 expands its h maps, D is a depthwise 3 x 3 convolution over queries and keys, W3 reduces.
+Source: `Refiner: Refining Self-attention for Vision Transformers` - https://arxiv.org/abs/2106.03714
+
+Plainly, each operator reads and writes maps, of which some are several times as many as A's: 118 MB per image and
+operator for 16 heads and 785 tokens. Here, strips of query rows go through all operators while they are in the cache,
+with a row more on either side for the convolution. With scale and shift of a norm known, it is part of the product
+before it; where it has the batch's statistics, one pass over the strips finds those of BN2, another those of BN3 and
+BN4. BN1's follow from the covariance of A's maps, for W1 is linear. Backward keeps A alone and goes over the strips
+three times, since each norm's gradient needs sums over the whole batch.
+"""
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+_STRIP_BYTES = 2 ** 21  # of an expanded strip on the CPU: the second level's cache, or what is near
+_STRIP_BYTES_GPU = 2 ** 26
+
+
+class Norm(NamedTuple):
+    """A BatchNorm: `(x - mean) / sqrt(var + eps) * weight + bias`."""
+    weight: torch.Tensor
+    bias: torch.Tensor
+    mean: Optional[torch.Tensor]  # None, and var too: of the batch
+    var: Optional[torch.Tensor]
+    eps: float
+    group: Optional[torch.distributed.ProcessGroup] = None  # whose processes share the batch's statistics
+
+
+class Weights(NamedTuple):
+    """Convolutions of a refinement: expand (m, h, 1, 1), depthwise (m, 1, 3, 3), reduce (h, m, 1, 1)."""
+    expand: torch.Tensor
+    depthwise: torch.Tensor
+    reduce: torch.Tensor
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each map over the batch, as running statistics take them (variance of a sample)."""
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
+def refine_plain(attn: torch.Tensor, weights: Weights, norms: Sequence[Norm], scale: float) -> torch.Tensor:
+    """The formula, operator by operator, differentiable any number of times.
+
+    Args:
+        attn: (B, h, N, N), rows are queries.
+        weights: Convolutions.
+        norms: BN1 to BN4.
+        scale: Factor of the result.
+
+    Returns:
+        Refined maps (B, h, N, N).
+    """
+    def normalise(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return F.batch_norm(x, norm.mean, norm.var, norm.weight, norm.bias, norm.mean is None, 0., norm.eps)
+
+    x = F.relu6(normalise(F.conv2d(attn, weights.expand), norms[0]))
+    x = F.relu6(normalise(F.conv2d(x, weights.depthwise, padding=1, groups=x.shape[1]), norms[1]))
+    x = normalise(F.conv2d(x, weights.reduce), norms[2])
+    return scale * normalise(attn + x, norms[3])
+
+
+def refined_product(
+        attn: torch.Tensor,
+        value: torch.Tensor,
+        weights: Weights,
+        norms: Sequence[Norm],
+        scale: float,
+) -> Tuple[torch.Tensor, List[Optional[Moments]]]:
+    """Product of refined maps and values. All tensors have the dtype of attn, float32 or float64.
+
+    Args:
+        attn: (B, h, N, N), B at least 1, rows are queries.
+        value: (B, h, N, d).
+        weights: Convolutions.
+        norms: BN1 to BN4.
+        scale: Factor of the refined maps.
+
+    Returns:
+        The product (B, h, N, d), and for each norm that uses the batch's statistics those, otherwise None.
+    """
+    tensors = [attn.contiguous(), value, *weights]
+    for norm in norms:
+        tensors += norm[:2]
+    norms = [norm._replace(mean=_detached(norm.mean), var=_detached(norm.var)) for norm in norms]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        out, *found = _RefinedProduct.apply(scale, norms, *tensors)
+    else:
+        out, state = _forward(*tensors[:2], weights, norms, scale)
+        found = [x for moments in state.moments if moments is not None for x in moments]
+    found = iter(found)
+    return out, [Moments(next(found), next(found)) if norm.mean is None else None for norm in norms]
+
+
+def _detached(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    return None if x is None else x.detach()
+
+
+class _Affine(NamedTuple):
+    """A norm whose statistics are known."""
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    gain: torch.Tensor  # weight * rstd
+    shift: torch.Tensor  # bias - gain * mean
+    share: float  # 1 / number of entries of the batch's maps, 0 for fixed statistics: the weight of their gradients
+
+
+class _State(NamedTuple):
+    affine: List[_Affine]
+    moments: List[Optional[Moments]]
+    mean: Optional[torch.Tensor]  # of A's maps, h
+    scatter: Optional[torch.Tensor]  # sum over pixels of (A - mean)(A - mean)^T, h, h
+
+
+class _Statistics:
+    """Mean and variance of parts that come one after the other."""
+
+    def __init__(self) -> None:
+        self.parts: List[Tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count in maps (B, C, rows, N)."""
+        mean = x.mean(dim=(0, 2, 3))
+        spread = torch.linalg.vector_norm(x - mean[:, None, None], dim=(0, 2, 3)).square()  # var() is 100 times slower
+        self.parts.append((x.numel() // x.shape[1], mean, spread))
+
+    def total(self) -> Tuple[int, torch.Tensor, torch.Tensor]:
+        """Number of entries of each map, their mean and sum of squared differences to it."""
+        count = sum(n for n, _, _ in self.parts)
+        shares = torch.tensor([n for n, _, _ in self.parts], dtype=torch.float64).to(self.parts[0][1])
+        means = torch.stack([mean for _, mean, _ in self.parts])
+        mean = shares @ means / count
+        spread = torch.stack([spread for _, _, spread in self.parts]).sum(dim=0)
+        return count, mean, spread + shares @ (means - mean).square()
+
+
+def _all_sum(group: Optional[torch.distributed.ProcessGroup], *tensors: torch.Tensor) -> List[torch.Tensor]:
+    """Sums over the processes of a group."""
+    if group is None:
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in tensors])
+    torch.distributed.all_reduce(flat, group=group)
+    return [x.view_as(y) for x, y in zip(flat.split([y.numel() for y in tensors]), tensors)]
+
+
+def _settle(norm: Norm, count: int, mean: torch.Tensor, spread: torch.Tensor) -> Tuple[_Affine, Optional[Moments]]:
+    """Fix a norm, to the statistics of the batch unless it has its own."""
+    if norm.mean is not None:
+        mean, var, moments, share = norm.mean, norm.var, None, 0.
+    else:
+        if norm.group is not None:
+            local = mean
+            total, number = _all_sum(norm.group, count * mean, mean.new_tensor([count]))
+            mean = total / number
+            spread, = _all_sum(norm.group, spread + count * (local - mean).square())
+            count = int(number.item())
+        var, share = spread / count, 1. / count
+        moments = Moments(mean, spread / max(count - 1, 1))
+    rstd = (var + norm.eps).rsqrt()
+    gain = norm.weight * rstd
+    return _Affine(mean, rstd, gain, norm.bias - gain * mean, share), moments
+
+
+class _Strips:
+    """Strips of A on their way through the refinement."""
+
+    def __init__(self, attn: torch.Tensor, weights: Weights, halo: int = 1) -> None:
+        self.attn, self.weights = attn, weights
+        self.expand, self.reduce = weights.expand.flatten(1), weights.reduce.flatten(1)
+        self.halo = halo
+
+    def __iter__(self) -> Iterator[Tuple[slice, int, int]]:
+        """Images and query rows of each strip."""
+        B, _, N, _ = self.attn.shape
+        size = _STRIP_BYTES_GPU if self.attn.device.type != 'cpu' else _STRIP_BYTES
+        row = self.expand.shape[0] * N * self.attn.element_size()
+        images = max(1, size // (row * N))
+        rows = min(N, max(4, size // row - 2 * self.halo))
+        rows = -(-N // -(-N // rows))  # of equal height
+        for b in range(0, B, images):
+            for low in range(0, N, rows):
+                yield slice(b, b + images), low, min(low + rows, N)
+
+    def maps(self, images: slice, low: int, high: int) -> torch.Tensor:
+        """A: (b, h, rows, N)."""
+        return self.attn[images, :, low:high]
+
+    def hidden(self, images: slice, low: int, high: int, first: _Affine) -> torch.Tensor:
+        """relu6(BN1(W1 * A)): (b, m, rows, N)."""
+        x = self.maps(images, low, high)
+        gain = (first.gain[:, None] * self.expand).expand(len(x), -1, -1)
+        y = torch.bmm(gain, x.flatten(2)).add_(first.shift[:, None]).clamp_(0., 6.)
+        return y.unflatten(2, (high - low, -1))
+
+    def convolved(self, hidden: torch.Tensor, cut_low: int, cut_high: int) -> torch.Tensor:
+        """D * hidden without some rows at either end, those that miss a neighbour: (b, m, rows, N)."""
+        x = F.conv2d(hidden, self.weights.depthwise, padding=1, groups=hidden.shape[1])
+        return x[:, :, cut_low:x.shape[2] - cut_high]
+
+    def expanded(self, images: slice, low: int, high: int, first: _Affine) -> torch.Tensor:
+        """D * relu6(BN1(W1 * A)): (b, m, rows, N)."""
+        above, below = min(1, low), min(1, self.attn.shape[2] - high)
+        return self.convolved(self.hidden(images, low - above, high + below, first), above, below)
+
+    def activated(self, x: torch.Tensor, second: _Affine) -> torch.Tensor:
+        """relu6(BN2(x)): (b, m, rows, N)."""
+        return torch.addcmul(second.shift[:, None, None], x, second.gain[:, None, None]).clamp_(0., 6.)
+
+    def reduced(self, x: torch.Tensor, gain: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """W3 * x, times a gain of each map: (b, h, rows, N)."""
+        matrix = self.reduce if gain is None else gain[:, None] * self.reduce
+        return torch.bmm(matrix.expand(len(x), -1, -1), x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def _forward(
+        attn: torch.Tensor,
+        value: torch.Tensor,
+        weights: Weights,
+        norms: Sequence[Norm],
+        scale: float,
+) -> Tuple[torch.Tensor, _State]:
+    strips = _Strips(attn, weights)
+    count = attn.numel() // attn.shape[1]
+    affine: List[_Affine] = []
+    moments: List[Optional[Moments]] = []
+
+    def settle(*statistics) -> None:
+        found = _settle(norms[len(affine)], *statistics)
+        affine.append(found[0])
+        moments.append(found[1])
+
+    mean = scatter = None
+    if norms[0].mean is None:
+        mean = attn.mean(dim=(0, 2, 3))
+        scatter = attn.new_zeros(attn.shape[1], attn.shape[1])
+        for strip in strips:
+            x = (strips.maps(*strip) - mean[:, None, None]).flatten(2)
+            scatter += torch.bmm(x, x.transpose(1, 2)).sum(dim=0)
+        expand = strips.expand
+        settle(count, expand @ mean, ((expand @ scatter) * expand).sum(dim=1))
+    else:
+        settle(count, None, None)
+
+    if norms[1].mean is None:
+        statistics = _Statistics()
+        for strip in strips:
+            statistics.add(strips.expanded(*strip, affine[0]))
+        settle(*statistics.total())
+    else:
+        settle(count, None, None)
+
+    def reduced(*strip) -> torch.Tensor:
+        return strips.reduced(strips.activated(strips.expanded(*strip, affine[0]), affine[1]))
+
+    kept: Optional[torch.Tensor] = None
+    if norms[2].mean is None or norms[3].mean is None:
+        kept = torch.empty_like(attn)
+        statistics = _Statistics()
+        for images, low, high in strips:
+            kept[images, :, low:high] = x = reduced(images, low, high)
+            if norms[2].mean is None:
+                statistics.add(x)
+        settle(*statistics.total()) if norms[2].mean is None else settle(count, None, None)
+        if norms[3].mean is None:
+            statistics = _Statistics()
+            gain, shift = affine[2].gain[:, None, None], affine[2].shift[:, None, None]
+            for images, low, high in strips:
+                statistics.add(torch.addcmul(strips.maps(images, low, high) + shift, kept[images, :, low:high], gain))
+            settle(*statistics.total())
+        else:
+            settle(count, None, None)
+    else:
+        settle(count, None, None)
+        settle(count, None, None)
+
+    # M = outer * (A + inner * R) + shift, and the shift of all entries alike is one of the product
+    third, fourth = affine[2:]
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    for images, low, high in strips:
+        if kept is None:
+            x = strips.expanded(images, low, high, affine[0])
+            x = strips.reduced(strips.activated(x, affine[1]), third.gain)
+        else:
+            x = kept[images, :, low:high] * third.gain[:, None, None]
+        x += strips.maps(images, low, high)
+        out[images, :, low:high] = torch.matmul(x, value[images])
+    outer = (scale * fourth.gain)[:, None, None]
+    shift = (scale * (fourth.gain * third.shift + fourth.shift))[:, None, None]
+    out = torch.addcmul(shift * value.sum(dim=2, keepdim=True), out, outer)
+    return out, _State(affine, moments, mean, scatter)
+
+
+def _inner(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Sum of products of two stacks of maps (b, C, rows, N), for each of the C maps."""
+    return (x * y).sum(dim=(0, 2, 3))
+
+
+class _RefinedProduct(torch.autograd.Function):
+    """`refined_product` with a backward of its own, which keeps A and the values alone."""
+
+    @staticmethod
+    def forward(ctx, scale, norms, attn, value, *parameters):
+        weights, affine = Weights(*parameters[:3]), parameters[3:]
+        norms = [norm._replace(weight=affine[2 * i], bias=affine[2 * i + 1]) for i, norm in enumerate(norms)]
+        out, state = _forward(attn, value, weights, norms, scale)
+        ctx.save_for_backward(attn, value, *parameters)
+        ctx.scale, ctx.norms, ctx.state = scale, [norm._replace(weight=None, bias=None) for norm in norms], state
+        found = [x for moments in state.moments if moments is not None for x in moments]
+        ctx.mark_non_differentiable(*found)
+        return (out, *found)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        attn, value, *parameters = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of the gradients is wanted
+            return (None, None, *_differentiable_backward(ctx, grad, attn, value, parameters))
+        return (None, None, *_backward(grad, attn, value, Weights(*parameters[:3]), ctx.norms, ctx.state, ctx.scale))
+
+
+def _differentiable_backward(ctx, grad, attn, value, parameters):
+    if any(norm.group is not None for norm in ctx.norms):
+        raise RuntimeError('A second derivative through statistics that processes share (SyncBatchNorm) is not there.')
+    norms = [norm._replace(weight=parameters[3 + 2 * i], bias=parameters[4 + 2 * i])
+             for i, norm in enumerate(ctx.norms)]
+    out = refine_plain(attn, Weights(*parameters[:3]), norms, ctx.scale) @ value
+    inputs = [attn, value, *parameters]
+    wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[2 + i]]
+    grads: List[Optional[torch.Tensor]] = [None] * len(inputs)
+    for i, g in zip(wanted, torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=True)):
+        grads[i] = g
+    return grads
+
+
+def _backward(
+        grad: torch.Tensor,
+        attn: torch.Tensor,
+        value: torch.Tensor,
+        weights: Weights,
+        norms: Sequence[Norm],
+        state: _State,
+        scale: float,
+) -> List[torch.Tensor]:
+    """Gradients of attn, value, the three convolutions, and weight and bias of each norm.
+
+    In the names, s is a sum of gradients over all entries of a map, and sx one of their products with the normalised x.
+    """
+    first, second, third, fourth = state.affine
+    strips = _Strips(attn, weights, halo=2)
+    N = attn.shape[2]
+    count = attn.numel() // attn.shape[1]
+    grad = grad.contiguous()
+
+    def normalised(x: torch.Tensor, norm: _Affine) -> torch.Tensor:
+        return torch.addcmul((-norm.rstd * norm.mean)[:, None, None], x, norm.rstd[:, None, None])
+
+    def total(i: int, *sums: torch.Tensor) -> List[torch.Tensor]:
+        return _all_sum(norms[i].group if norms[i].mean is None else None, *sums)
+
+    def before_norm(g: torch.Tensor, x: torch.Tensor, norm: _Affine, s: torch.Tensor, sx: torch.Tensor) -> torch.Tensor:
+        # gradient of a norm's input from that of its output, its normalised input and sums over the batch
+        if norm.share != 0.:
+            g = g - norm.share * torch.addcmul(s[:, None, None], x, sx[:, None, None])
+        return g * norm.gain[:, None, None]
+
+    def grad_maps(images: slice, low: int, high: int) -> torch.Tensor:  # of BN4's output
+        return scale * torch.matmul(grad[images, :, low:high], value[images].transpose(-2, -1))
+
+    # first pass: the reduced maps R, and the sums that BN4 and BN3 need
+    kept = torch.empty_like(attn)
+    grad_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
+    s4, sx4, s_x3, x3_sum, x4_sum, x34 = (attn.new_zeros(attn.shape[1]) for _ in range(6))
+    for images, low, high in strips:
+        x = strips.activated(strips.expanded(images, low, high, first), second)
+        kept[images, :, low:high] = x = strips.reduced(x)
+        after = torch.addcmul(third.shift[:, None, None], x, third.gain[:, None, None])
+        after += strips.maps(images, low, high)
+        g = grad_maps(images, low, high)
+        x3, x4 = normalised(x, third), normalised(after, fourth)
+        refined = torch.addcmul(fourth.shift[:, None, None], after, fourth.gain[:, None, None])
+        grad_value[images] += scale * torch.matmul(refined.transpose(-2, -1), grad[images, :, low:high])
+        s4 += g.sum(dim=(0, 2, 3))
+        sx4 += _inner(g, x4)
+        s_x3 += _inner(g, x3)
+        x3_sum += x3.sum(dim=(0, 2, 3))
+        x4_sum += x4.sum(dim=(0, 2, 3))
+        x34 += _inner(x3, x4)
+    s4_all, sx4_all = total(3, s4, sx4)
+    # BN3's output has the gradient of BN4's input; its sums follow
+    s3 = fourth.gain * (s4 - fourth.share * (count * s4_all + x4_sum * sx4_all))
+    sx3 = fourth.gain * (s_x3 - fourth.share * (x3_sum * s4_all + x34 * sx4_all))
+    s3_all, sx3_all = total(2, s3, sx3)
+
+    def grad_reduced(images: slice, low: int, high: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        # of BN4's input, which is A's directly, and of R
+        x = kept[images, :, low:high]
+        after = torch.addcmul(third.shift[:, None, None], x, third.gain[:, None, None])
+        after += strips.maps(images, low, high)
+        g = before_norm(grad_maps(images, low, high), normalised(after, fourth), fourth, s4_all, sx4_all)
+        return g, before_norm(g, normalised(x, third), third, s3_all, sx3_all)
+
+    def grad_activated(images: slice, low: int, high: int, y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        # of BN2's output, from y = relu6 of it and the gradient of R
+        x = torch.bmm(strips.reduce.t().expand(len(g), -1, -1), g.flatten(2)).unflatten(2, (high - low, N))
+        return torch.ops.aten.hardtanh_backward(x, y, 0., 6.)
+
+    # second pass: W3 and the sums that BN2 needs
+    grad_reduce = torch.zeros_like(strips.reduce)
+    s2, sx2 = (attn.new_zeros(strips.expand.shape[0]) for _ in range(2))
+    for images, low, high in strips:
+        x = strips.expanded(images, low, high, first)
+        y = strips.activated(x, second)
+        _, g = grad_reduced(images, low, high)
+        grad_reduce += torch.bmm(g.flatten(2), y.flatten(2).transpose(1, 2)).sum(dim=0)
+        g = grad_activated(images, low, high, y, g)
+        s2 += g.sum(dim=(0, 2, 3))
+        sx2 += _inner(g, normalised(x, second))
+    s2_all, sx2_all = total(1, s2, sx2)
+
+    # third pass: D, W1 and A
+    grad_attn = torch.empty_like(attn)
+    grad_depthwise = torch.zeros_like(weights.depthwise)
+    s1 = attn.new_zeros(strips.expand.shape[0])
+    cross = torch.zeros_like(strips.expand)  # gradient of BN1's output times A
+    flipped = weights.depthwise.flip(2, 3)
+    back = (first.gain[:, None] * strips.expand).t()
+    for images, low, high in strips:
+        top, bottom = max(low - 1, 0), min(high + 1, N)  # rows of D's output that see the strip
+        above, below = min(1, top), min(1, N - bottom)
+        inputs = strips.hidden(images, top - above, bottom + below, first)
+        x = strips.convolved(inputs, above, below)
+        direct, g = grad_reduced(images, top, bottom)
+        direct = direct[:, :, low - top:high - top]
+        g = grad_activated(images, top, bottom, strips.activated(x, second), g)
+        g = before_norm(g, normalised(x, second), second, s2_all, sx2_all)
+        inputs = inputs[:, :, above:inputs.shape[2] - below]  # rows top to bottom
+        own = g[:, :, low - top:high - top]
+        padded = F.pad(inputs, (0, 0, 1 - (low - top), 1 - (bottom - high)))
+        grad_depthwise += torch.ops.aten.convolution_backward(
+            own, padded, weights.depthwise, None, [1, 1], [0, 1], [1, 1], False, [0, 0], padded.shape[1],
+            [False, True, False])[1]
+        g = F.conv2d(g, flipped, padding=1, groups=g.shape[1])[:, :, low - top:high - top]
+        g = torch.ops.aten.hardtanh_backward(g, inputs[:, :, low - top:high - top], 0., 6.)
+        s1 += g.sum(dim=(0, 2, 3))
+        g = g.flatten(2)
+        cross += torch.bmm(g, strips.maps(images, low, high).flatten(2).transpose(1, 2)).sum(dim=0)
+        g = torch.bmm(back.expand(len(g), -1, -1), g).unflatten(2, (high - low, N))
+        grad_attn[images, :, low:high] = g.add_(direct)
+    expand = strips.expand
+    sx1 = first.rstd * ((expand * cross).sum(dim=1) - first.mean * s1)
+    grad_expand = first.gain[:, None] * cross
+    if first.share != 0.:  # what BN1's statistics do to A and W1, both by way of matrices of h x h
+        s1_all, sx1_all = total(0, s1, sx1)
+        sums = count * state.mean
+        products = state.scatter + count * torch.outer(state.mean, state.mean)
+        normal = first.rstd[:, None] * (expand @ products - torch.outer(first.mean, sums))
+        grad_expand -= first.share * first.gain[:, None] * (
+            torch.outer(s1_all, sums) + sx1_all[:, None] * normal)
+        factor = -first.share * first.gain * first.rstd * sx1_all
+        matrix = expand.t() @ (factor[:, None] * expand)
+        shift = expand.t() @ (-first.share * first.gain * s1_all - factor * first.mean)
+        for images, low, high in strips:
+            x = torch.bmm(matrix.expand(len(attn[images]), -1, -1), strips.maps(images, low, high).flatten(2))
+            grad_attn[images, :, low:high] += x.add_(shift[:, None]).unflatten(2, (high - low, N))
+    return [
+        grad_attn, grad_value, grad_expand.view_as(weights.expand), grad_depthwise, grad_reduce.view_as(weights.reduce),
+        sx1, s1, sx2, s2, sx3, s3, sx4, s4]
