@@ -31,8 +31,9 @@ from timm.models.vision_transformer import get_init_weights_vit
 from ..layers import check_size, pad_map
 from ..layers.arguments import check_images, pair, whole_number
 from ..layers.mixers.refined import MapAttention, RefinedAttention
-from ..layers.patch import resample_positions, sizes_are_open
+from ..layers.sizes import resample_positions, sizes_are_open
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
+from ._family import Family, register_family
 from ._token_labels import TokenLabelModel
 
 __all__ = ['RefinerVit']  # model_registry will add each entrypoint fn to this
@@ -727,7 +728,6 @@ def _create_refiner_vit(variant: str, pretrained: bool = False, **kwargs) -> Ref
         RefinerVit,
         variant,
         pretrained,
-        filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )
@@ -809,3 +809,15 @@ def test_refiner_vit(pretrained: bool = False, **kwargs) -> RefinerVit:
     """A small Refiner-ViT for tests, demonstrations and small images: under 1 M parameters, 64 pixels."""
     model_args = dict(img_size=64, patch_size=8, stem_dims=(16, 32, 64), embed_dim=64, depth=4, num_heads=4)
     return _create_refiner_vit('test_refiner_vit', pretrained, **dict(model_args, **kwargs))
+
+
+register_family(Family(
+    name='refiner_vit',
+    module=__name__,
+    model_cls=RefinerVit,
+    filter_fn=checkpoint_filter_fn,
+    to_own_names=to_own_names,
+    is_authors=is_authors,
+    first_conv='patch_embed.conv1',
+    classifiers=('head', 'aux_head'),
+))

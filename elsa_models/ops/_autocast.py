@@ -1,5 +1,6 @@
-"""What autocast asks of an operator that has no rule of its own in PyTorch."""
-from typing import Optional
+"""What autocast asks of an operator that has no rule of its own in PyTorch, and how to do without it."""
+from contextlib import nullcontext
+from typing import ContextManager, Optional
 
 import torch
 
@@ -14,3 +15,10 @@ def autocast_dtype(device_type: str) -> Optional[torch.dtype]:
     if device_type in _DEVICE_TYPES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def without_autocast(device_type: str) -> ContextManager:
+    """A context that computes in the types that tensors have."""
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

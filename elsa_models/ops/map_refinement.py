@@ -18,6 +18,8 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 
+from ._autocast import without_autocast
+
 _STRIP_BYTES = 2 ** 21  # of an expanded strip on the CPU: the second level's cache, or what is near
 _STRIP_BYTES_GPU = 2 ** 26
 
@@ -318,9 +320,12 @@ class _RefinedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         attn, value, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of the gradients is wanted
-            return (None, None, *_differentiable_backward(ctx, grad, attn, value, parameters))
-        return (None, None, *_backward(grad, attn, value, Weights(*parameters[:3]), ctx.norms, ctx.state, ctx.scale))
+        with without_autocast(attn.device.type):
+            if torch.is_grad_enabled():  # a graph of the gradients is wanted
+                grads = _differentiable_backward(ctx, grad, attn, value, parameters)
+            else:
+                grads = _backward(grad, attn, value, Weights(*parameters[:3]), ctx.norms, ctx.state, ctx.scale)
+        return (None, None, *grads)
 
 
 def _differentiable_backward(ctx, grad, attn, value, parameters):
@@ -412,10 +417,12 @@ def _backward(
     # second pass: W3 and the sums that BN2 needs
     grad_reduce = torch.zeros_like(strips.reduce)
     s2, sx2 = (attn.new_zeros(strips.expand.shape[0]) for _ in range(2))
+    grad_bias3 = torch.zeros_like(s3)  # s3, with less rounding: it vanishes where BN4 has the batch's statistics
     for images, low, high in strips:
         x = strips.expanded(images, low, high, first)
         y = strips.activated(x, second)
-        _, g = grad_reduced(images, low, high)
+        direct, g = grad_reduced(images, low, high)
+        grad_bias3 += direct.sum(dim=(0, 2, 3))
         grad_reduce += torch.bmm(g.flatten(2), y.flatten(2).transpose(1, 2)).sum(dim=0)
         g = grad_activated(images, low, high, y, g)
         s2 += g.sum(dim=(0, 2, 3))
@@ -469,4 +476,4 @@ def _backward(
             grad_attn[images, :, low:high] += x.add_(shift[:, None]).unflatten(2, (high - low, N))
     return [
         grad_attn, grad_value, grad_expand.view_as(weights.expand), grad_depthwise, grad_reduce.view_as(weights.reduce),
-        sx1, s1, sx2, s2, sx3, s3, sx4, s4]
+        sx1, s1, sx2, s2, sx3, grad_bias3, sx4, s4]

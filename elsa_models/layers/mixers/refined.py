@@ -17,6 +17,7 @@ import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ...ops._autocast import without_autocast
 from ...ops.map_refinement import Moments, Norm, Weights, refined_product
 from ..arguments import whole_number
 
@@ -25,6 +26,9 @@ _ROW_BYTES = 2 ** 21  # of the rows of maps that inference computes at a time
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+torch.fx.wrap('_at_least_float32')  # a leaf of symbolic traces, where tensors have no dtype
 
 
 @torch.jit.unused
@@ -37,12 +41,7 @@ def _is_graph_in_the_making(x: torch.Tensor) -> bool:
 
 @torch.jit.unused
 def _without_autocast(x: torch.Tensor) -> ContextManager:
-    if isinstance(x, torch.fx.Proxy):
-        return nullcontext()
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return nullcontext() if isinstance(x, torch.fx.Proxy) else without_autocast(x.device.type)
 
 
 @torch.jit.unused
