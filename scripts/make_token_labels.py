@@ -13,10 +13,9 @@ from typing import List, Optional
 from timm.utils import setup_default_logging
 
 import elsa_models  # noqa: F401, registers the models
-from elsa_models.training import DataError, ImageValues, LabelledImages, OutputError, RecipeError, load_splits
-from elsa_models.training.inference import load_classifier
+from elsa_models.inference import find_device, load_classifier
+from elsa_models.training import ImageValues, LabelledImages, RecipeError, load_splits
 from elsa_models.training.token_labels import make_label_maps
-from elsa_models.training.world import join_world
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -39,7 +38,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if not isinstance(splits.train, LabelledImages):
             raise RecipeError(f"data: got {args.data!r}, must be a folder or 'digits'.")
         images = splits.part('all') if splits.one_source else splits.train
-        device = join_world(args.device).device
+        device = find_device(args.device)
         classifier = load_classifier(args.teacher, device, checkpoint=args.checkpoint)
         if classifier.num_classes != len(splits.class_names):
             raise RecipeError(
@@ -47,7 +46,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         size = None if args.size is None else (args.size, args.size)
         make_label_maps(
             classifier.model, args.teacher, images, args.output, size, args.top_k, args.batch_size, args.workers)
-    except (RecipeError, DataError, OutputError, ImportError) as e:
+    except (ValueError, ImportError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
     print(f'label maps of {len(images)} images: {args.output}')

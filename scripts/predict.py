@@ -21,10 +21,8 @@ from timm.utils import setup_default_logging
 
 import elsa_models  # noqa: F401, registers the models
 from elsa_models._files import write_atomically
+from elsa_models.inference import Answer, classify, figures, find_device, find_images, load_classifier
 from elsa_models.layers import ElsaAttention
-from elsa_models.training import DataError, OutputError, RecipeError, figures
-from elsa_models.training.inference import Answer, classify, find_images, load_classifier
-from elsa_models.training.world import join_world
 
 
 def _as_csv(answers: List[Answer], top_k: int) -> str:
@@ -58,7 +56,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")}: got {getattr(args, name)}, must be at least 1')
     try:
-        device = join_world(args.device).device
+        device = find_device(args.device)
         files = find_images(args.inputs)
         classifier = load_classifier(
             args.model, device, checkpoint=args.checkpoint, onnx=args.onnx, num_classes=args.num_classes)
@@ -81,7 +79,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 if args.onnx is None and any(isinstance(m, ElsaAttention) for m in classifier.model.modules()):
                     with torch.no_grad():
                         figures.draw_overlays(classifier, readable, folder / 'attention.png')
-    except (RecipeError, DataError, OutputError, OSError, ImportError) as e:
+    except (ValueError, OSError, ImportError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
     return 0 if all(a.labels for a in answers) else 1

@@ -14,7 +14,7 @@ from typing import Iterator, List, Optional
 import torch
 
 from elsa_models._files import write_atomically
-from elsa_models.training.script import Picture, predict_script
+from elsa_models.inference.script import Picture, predict_script
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[Picture]) -> None:
     """Draw, print and write down the objects of each image."""
+    from elsa_models.dense.coco import to_coco
+    from elsa_models.dense.detection import detect, load_detector
     from elsa_models.dense.draw import draw_objects
-    from elsa_models.training.detection import detect, load_detector, to_coco
     model, config = load_detector(args.model)
     model.to(device)
     names, objects = config['class_names'], {}

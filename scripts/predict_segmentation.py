@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from elsa_models._files import write_atomically
-from elsa_models.training.script import Picture, predict_script
+from elsa_models.inference.script import Picture, predict_script
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[Picture]) -> None:
     """Write label map and overlay of each image, and print the share of each class."""
-    from elsa_models.training.segmentation import load_segmenter, overlay, predict_labels
+    from elsa_models.dense.draw import overlay
+    from elsa_models.dense.segmentation import load_segmenter, predict_labels
     model, config = load_segmenter(args.model)
     model.to(device)
     if args.scales:

@@ -13,8 +13,6 @@ recipe can be overridden by an option.
 import sys
 from typing import List, Optional
 
-import elsa_models  # noqa: F401, registers the models
-from elsa_models.training import ClassificationJob, Recipe
 from elsa_models.training.run import Result
 from elsa_models.training.script import train_script
 
@@ -29,7 +27,7 @@ def report(result: Result) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    return train_script(__doc__, Recipe, ClassificationJob, argv, report)
+    return train_script(__doc__, 'classification', argv, report)
 
 
 if __name__ == '__main__':

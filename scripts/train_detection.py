@@ -11,20 +11,12 @@ value of the recipe can be overridden by an option.
 import sys
 from typing import List, Optional
 
-import elsa_models  # noqa: F401, registers the models
-from elsa_models._extras import require
 from elsa_models.training.script import train_script
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    try:
-        require('pycocotools', 'detection')
-    except ImportError as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 2
-    from elsa_models.training.detection import DetectionJob, DetectionRecipe
-    return train_script(__doc__, DetectionRecipe, DetectionJob, argv)
+    return train_script(__doc__, 'detection', argv)
 
 
 if __name__ == '__main__':

@@ -17,8 +17,8 @@ from timm.utils import setup_default_logging
 
 import elsa_models  # noqa: F401, registers the models
 from elsa_models._files import write_atomically
-from elsa_models.training import DataError, OutputError, RecipeError, Validation, add_arguments, load_recipe
-from elsa_models.training.inference import validate
+from elsa_models.training import Validation, add_arguments, load_recipe
+from elsa_models.training.validate import validate
 from elsa_models.training.world import join_world, leave_world
 
 
@@ -37,7 +37,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             return 0
         if values.output is not None:
             write_atomically(json.dumps(dict(model=values.model, onnx=values.onnx, **metrics), indent=2), values.output)
-    except (RecipeError, DataError, OutputError, OSError, ImportError) as e:
+    except (ValueError, OSError, ImportError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
     print(f'images:   {metrics["images"]}' + (

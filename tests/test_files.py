@@ -1,8 +1,11 @@
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from elsa_models import _files as files
 from elsa_models._files import OutputError, replace_folder, write_atomically
 
 NAMES = ('a', 'b')
@@ -52,11 +55,41 @@ def test_failure_to_rename_brings_the_former_folder_back(tmp_path, monkeypatch):
     assert _content(folder) == {'a': 'first'}
 
 
-def test_failure_keeps_what_is_dear(tmp_path):
-    with pytest.raises(RuntimeError), replace_folder(tmp_path / 'result', NAMES, keep='a') as temporary:
-        (temporary / 'a').write_text('dear')
-        raise RuntimeError
-    assert _content(temporary) == {'a': 'dear'} and not (tmp_path / 'result').exists()
+@pytest.mark.parametrize('at', range(3))
+def test_what_a_kill_leaves_behind_is_put_right_by_the_next(tmp_path, at):
+    """Killed while the folder is filled, and before and after the second of the two renames."""
+    folder = tmp_path / 'result'
+    with replace_folder(folder, NAMES) as temporary:
+        (temporary / 'a').write_text('first')
+    child = os.fork()
+    if child == 0:
+        rename, calls = Path.rename, []
+
+        def killed(self, target):
+            calls.append(target)
+            if len(calls) == at + 1:
+                os._exit(9)
+            return rename(self, target)
+
+        Path.rename = killed
+        files.shutil.rmtree = lambda *args, **kwargs: os._exit(9)
+        with replace_folder(folder, NAMES) as temporary:
+            (temporary / 'a').write_text('second')
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    files.recover(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ['result']
+    assert _content(folder) == {'a': 'second' if at == 2 else 'first'}
+
+
+def test_what_another_process_works_on_is_left_alone(tmp_path):
+    folder = tmp_path / 'result'
+    stranger = tmp_path / '.result-deadbeef'
+    stranger.mkdir()
+    with replace_folder(folder, NAMES) as temporary:
+        with replace_folder(folder, NAMES) as other:
+            assert temporary.is_dir() and other.is_dir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.result-deadbeef', 'result']
 
 
 def test_foreign_content_is_never_replaced(tmp_path):
@@ -83,7 +116,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def failing(*args):
         raise OSError('full')
 
-    for name in ('elsa_models._files.os.replace', 'pathlib.Path.write_bytes'):
+    for name in ('elsa_models._files.os.replace', 'elsa_models._files.os.fsync'):
         with monkeypatch.context() as patch:
             patch.setattr(name, failing)
             with pytest.raises(OSError, match='full'):

@@ -1,10 +1,12 @@
 """Detectors of torchvision on any backbone of `DenseBackbone`: Mask R-CNN, Cascade Mask R-CNN, RetinaNet."""
 import inspect
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+from PIL import Image
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -14,11 +16,15 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import LevelMapper
+from torchvision.transforms.v2 import functional as vf
 
+from .._images import read_image
 from ..layers.arguments import check_keys
 from .cascade import CascadeRoIHeads
 from .features import DenseBackbone
+from .saved import load_model
 
+TASK = 'object-detection'
 DETECTORS = ('mask_rcnn', 'cascade_mask_rcnn', 'retinanet')
 _GIVEN = {  # arguments of torchvision's classes that follow from others
     'self', 'kwargs', 'backbone', 'num_classes', 'min_size', 'max_size', 'image_mean', 'image_std', 'anchor_generator',
@@ -246,3 +252,44 @@ def losses_of(model: nn.Module, images: List[torch.Tensor], targets: List[Dict[s
     """The losses of a detector by name, and their sum as 'loss'."""
     losses = model(images, targets)
     return dict(loss=sum(losses.values()), **losses)
+
+
+def build_detector(config: Dict[str, Any], backbone: Optional[DenseBackbone] = None) -> nn.Module:
+    """A detector from the config of a saved one; its backbone has no weights if None."""
+    return create_detector(
+        backbone or DenseBackbone(config['model'], model_args=config['model_args']),
+        len(config['class_names']),
+        config['detector'],
+        config['anchor_sizes'],
+        config['fpn_channels'],
+        config['head_channels'],
+        config['eval_short_side'],
+        config['max_side'],
+        config['mean'],
+        config['std'],
+        config['detector_args'],
+    )
+
+
+def load_detector(folder: Union[str, Path]) -> Tuple[nn.Module, Dict[str, Any]]:
+    """A trained detector in evaluation mode, and its config, from the folder `model` of a run.
+
+    Raises:
+        WeightsError: There is no such model.
+    """
+    return load_model(folder, TASK, build_detector)
+
+
+@torch.no_grad()
+def detect(model: nn.Module, image: Image.Image, threshold: float = 0.5) -> Dict[str, torch.Tensor]:
+    """What a detector finds on an image, on the CPU.
+
+    Args:
+        model: Detector in evaluation mode.
+        image: Of any size.
+        threshold: Lowest score.
+    """
+    x = vf.pil_to_tensor(read_image(image)).to(next(model.parameters()).device).float() / 255.
+    found, = model([x])
+    keep = found['scores'] >= threshold
+    return {k: v[keep].cpu() for k, v in found.items()}

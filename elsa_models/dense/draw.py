@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as vf
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-IGNORE = 255  # label of pixels that do not count
+from .metrics import IGNORE
 
 
 def palette(number: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Semantic segmentation: any decoder of segmentation_models_pytorch on any backbone of `DenseBackbone`."""
 import inspect
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import segmentation_models_pytorch as smp
@@ -9,11 +10,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from segmentation_models_pytorch.encoders import encoders
 
+from .._images import normalise
 from ..layers.arguments import check_keys
 from ..layers.sizes import sizes_are_open
-from .draw import IGNORE
 from .features import DenseBackbone
+from .metrics import IGNORE, check_labels
+from .saved import load_model
 
+TASK = 'semantic-segmentation'
 _STRIDE = 32
 _GIVEN = {'self', 'kwargs', 'encoder_name', 'encoder_weights', 'in_channels', 'classes'}  # not to be given again
 
@@ -174,13 +178,6 @@ class Segmenter(nn.Module):
         return logits, aux[:, :, :H, :W]
 
 
-def _check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    strange = (labels < 0) | (labels >= num_classes) & (labels != IGNORE)
-    if strange.any():
-        raise ValueError(
-            f'labels: got class {labels[strange][0].item()}, must be from 0 to {num_classes - 1}, or {IGNORE}.')
-
-
 def segmentation_loss(
         output: Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]],
         labels: torch.Tensor,
@@ -203,7 +200,7 @@ def segmentation_loss(
     if labels.shape != (logits.shape[0], *logits.shape[2:]):
         raise ValueError(
             f'labels: got shape {tuple(labels.shape)}, must be {(logits.shape[0], *logits.shape[2:])} as the images.')
-    _check_labels(labels, logits.shape[1])
+    check_labels(labels, logits.shape[1])
     count = (labels != IGNORE).sum().clamp(min=1)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -288,36 +285,39 @@ def segment(
     return total / (len(scales) * (2 if flip else 1))
 
 
-def confusion(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Pixels (num_classes, num_classes) of each class, by row, that were given each class, by column.
+def build_segmenter(config: Dict[str, Any]) -> Segmenter:
+    """A segmenter without weights, from the config of a saved one."""
+    backbone = DenseBackbone(config['model'], model_args=config['model_args'])
+    return Segmenter(
+        backbone, len(config['class_names']), config['decoder'], config['decoder_args'], config['aux_channels'])
 
-    Args:
-        predicted: Classes, of any shape.
-        labels: Classes of the same shape, 255 for pixels that do not count.
-        num_classes: Number of classes.
+
+def load_segmenter(folder: Union[str, Path]) -> Tuple[Segmenter, Dict[str, Any]]:
+    """A trained segmenter in evaluation mode, and its config, from the folder `model` of a run.
 
     Raises:
-        ValueError: Shapes differ, or a class is out of range.
+        WeightsError: There is no such model.
     """
-    if predicted.shape != labels.shape:
-        raise ValueError(f'labels: got shape {tuple(labels.shape)}, must be {tuple(predicted.shape)} as predicted.')
-    _check_labels(labels, num_classes)
-    valid = labels != IGNORE
-    pairs = labels[valid].long() * num_classes + predicted[valid].long()
-    return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
+    return load_model(folder, TASK, build_segmenter)
 
 
-def segmentation_metrics(matrix: torch.Tensor) -> Dict[str, float]:
-    """Mean intersection over union, mean accuracy of classes, and accuracy of pixels, in percent.
+def predict_labels(model: nn.Module, image: torch.Tensor, config: Dict[str, Any]) -> torch.Tensor:
+    """Classes (H, W) of an image's pixels, as a recipe's evaluation finds them.
 
     Args:
-        matrix: Of `confusion`, summed over all images. Classes that are neither there nor predicted do not count.
+        model: Segmenter in evaluation mode.
+        image: (3, H, W), uint8, on the device of the model.
+        config: Values mean, std, eval_short_side, eval_window, eval_scales and eval_flip.
     """
-    matrix = matrix.double()
-    hits, there, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    union = there + predicted - hits
-    return dict(
-        miou=100. * (hits / union)[union > 0].mean().item(),
-        macc=100. * (hits / there)[there > 0].mean().item(),
-        pixel_acc=100. * (hits.sum() / matrix.sum()).item(),
-    )
+    H, W = image.shape[-2:]
+    x = normalise(image[None], config['mean'], config['std'])
+    if config['eval_short_side']:
+        scale = config['eval_short_side'] / min(H, W)
+        x = nn.functional.interpolate(
+            x, (max(1, round(H * scale)), max(1, round(W * scale))), mode='bilinear', align_corners=False,
+            antialias=True)
+    probabilities = segment(
+        model, x, config['eval_scales'], config['eval_flip'], window=config['eval_window'] or None)
+    if probabilities.shape[-2:] != (H, W):
+        probabilities = nn.functional.interpolate(probabilities, (H, W), mode='bilinear', align_corners=False)
+    return probabilities[0].argmax(0)

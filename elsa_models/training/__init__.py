@@ -1,10 +1,12 @@
 """What the training scripts need and timm does not have: recipes, jobs, data, the loop, and the run that joins them."""
 from .._files import OutputError, replace_folder
-from .classification import ClassificationJob
+from .._images import DataError
+from ..inference.classifier import create_eval_transform
 from .config import BaseRecipe, ImageValues, Recipe, RecipeError, Validation, Values, add_arguments, load_recipe
-from .data import LabelledImages, create_eval_transform, create_train_transform, load_splits
+from .data import LabelledImages, create_train_transform, load_splits
 from .job import Job
-from .loading import DataError, EvalLoader, TrainLoader
+from .jobs.classification import ClassificationJob
+from .loading import EvalLoader, TrainLoader
 from .loop import DivergedError, Trainer
 from .run import Result, run_job
 from .world import World

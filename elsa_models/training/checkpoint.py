@@ -4,41 +4,23 @@ timm's saver unlinks the last checkpoint before it puts the next in its place, a
 killed at any moment and goes on within an epoch needs more.
 """
 import logging
-import os
-import pickle
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Collection, Dict, List, Optional, Union
 
 import torch
 
-from .._files import OutputError
+from .._files import OutputError, remove, whole_file
 
 _logger = logging.getLogger(__name__)
 
 
-def save_atomically(value: Any, path: Union[str, Path]) -> None:
-    """`torch.save` to a temporary file beside `path`, which takes its place once it is on the disk.
-
-    Raises:
-        OutputError: The disk is full or fails; a former file is as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f'.{path.name}.tmp')
+def _save(value: Any, path: Path) -> None:
     try:
-        with open(temporary, 'wb') as file:
+        with whole_file(path) as file:
             torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == 'posix':  # the new name, too
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
     except (OSError, RuntimeError) as e:  # torch reports a short write as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f'{path}: cannot be written ({e}). Former checkpoints are as they were.') from e
+        why = 'its folder has been moved or removed' if not path.parent.is_dir() else e
+        raise OutputError(f'{path}: cannot be written ({why}). Former checkpoints are as they were.') from e
 
 
 class Checkpoints:
@@ -54,6 +36,12 @@ class Checkpoints:
         self.keep = keep
         self.best = self.folder / 'best.pt'
 
+    def create_folder(self) -> None:
+        """Make the folder, and remove what a process that was killed has left in it half-written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob('.*'):
+            remove(path)
+
     def files(self) -> List[Path]:
         """The checkpoints there are, the newest first."""
         return sorted(self.folder.glob('step-*.pt'), reverse=True)
@@ -64,8 +52,7 @@ class Checkpoints:
         Raises:
             OutputError: It cannot be written; those before are as they were.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_atomically(state, self.folder / f'step-{step:010d}.pt')
+        _save(state, self.folder / f'step-{step:010d}.pt')
         for file in self.files()[self.keep:]:
             file.unlink()
 
@@ -75,24 +62,40 @@ class Checkpoints:
         Raises:
             OutputError: They cannot be written; those before are as they were.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_atomically(state, self.best)
+        _save(state, self.best)
 
     def load_best(self) -> Dict[str, Any]:
-        """What was last given to `save_best`."""
-        return torch.load(self.best, map_location='cpu', weights_only=True)
+        """What was last given to `save_best`.
 
-    def load_newest(self) -> Optional[Dict[str, Any]]:
+        Raises:
+            OutputError: It cannot be read.
+        """
+        try:
+            return torch.load(self.best, map_location='cpu', weights_only=True)
+        except Exception as e:  # damaged files make torch raise nearly anything
+            raise OutputError(
+                f'{self.best}: cannot be read ({type(e).__name__}: {e}). Remove it and the newest'
+                f' {self.folder.name}/step-*.pt, and the run goes on from the one before.') from e
+
+    def load_newest(self, names: Collection[str] = ()) -> Optional[Dict[str, Any]]:
         """The newest checkpoint that can be read, or None where there is none at all.
+
+        Args:
+            names: Entries that it must have.
 
         Raises:
             OutputError: There are some, but none can be read.
         """
         for file in self.files():
             try:
-                return torch.load(file, map_location='cpu', weights_only=True)
-            except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-                _logger.warning('%s: cannot be read (%s); going back to the one before.', file, e)
+                state = torch.load(file, map_location='cpu', weights_only=True)
+                missing = sorted(set(names) - state.keys())
+                if not missing:
+                    return state
+                reason = f'has no {missing[0]}'
+            except Exception as e:  # damaged files make torch raise nearly anything
+                reason = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no reason given"}'
+            _logger.warning('%s: cannot be read (%s); going back to the one before.', file, reason[:200])
         if self.files():
             raise OutputError(
                 f'{self.folder}: none of its checkpoints can be read. Start afresh with resume: false (--no-resume).')

@@ -29,7 +29,7 @@ def weights_error(error: Exception, pretrained: bool, checkpoint: Optional[str])
         f'pretrained: {error}\nOr, of the options: --checkpoint FILE for weights in a file, --no-pretrained for none.')
 
 
-def _value(
+def value(
         default: Any,
         help: str,
         low: float = -math.inf,
@@ -37,7 +37,16 @@ def _value(
         choices: Tuple[str, ...] = (),
         free: bool = False,
 ) -> Any:
-    # free values decide nothing about the result
+    """A value of a recipe.
+
+    Args:
+        default: Its default.
+        help: What --help says of it.
+        low: Lowest number.
+        high: Highest number.
+        choices: All that it may be, if there are any.
+        free: Whether it decides nothing about the result, and may differ when a run goes on.
+    """
     metadata = dict(help=help, low=low, high=high, choices=choices, free=free)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -76,160 +85,182 @@ class Values:
 class BaseRecipe(Values):
     """What every training has: model, optimiser, schedule, machine, output. A job adds its own by subclassing."""
     # model
-    model: str = _value('test_elsa_swin', "timm's name of the model; local-dir:FOLDER for one saved by a former run")
-    model_args: Dict[str, Any] = _value({}, 'further arguments of the model: img_size, kernel_size, ...')
-    pretrained: bool = _value(False, "start from the model's weights instead of random ones")
-    checkpoint: Optional[str] = _value(None, 'start from the weights in this file; a classifier of other classes is'
-                                             ' left out')
-    warm_start: Optional[str] = _value(None, 'start from what a related model shares with this one: a name of timm, as'
-                                             ' volo_d1_224.sail_in1k, or a file; see elsa_models.warm_start')
-    freeze: Tuple[str, ...] = _value((), 'modules whose weights and statistics stay, by name or pattern: patch_embed,'
-                                         ' layers.[01]')
-    head_epochs: int = _value(0, 'first epochs that train the classifier alone', low=0)
+    model: str = value('test_elsa_swin', "timm's name of the model; local-dir:FOLDER for one saved by a former run")
+    model_args: Dict[str, Any] = value({}, 'further arguments of the model: img_size, kernel_size, ...')
+    pretrained: bool = value(False, "start from the model's weights instead of random ones")
+    checkpoint: Optional[str] = value(None, 'start from the weights in this file; a classifier of other classes is'
+                                            ' left out')
+    warm_start: Optional[str] = value(None, 'start from what a related model shares with this one: a name of timm, as'
+                                            ' volo_d1_224.sail_in1k, or a file; see elsa_models.warm_start')
+    freeze: Tuple[str, ...] = value((), 'modules whose weights and statistics stay, by name or pattern: patch_embed,'
+                                        ' layers.[01]')
+    head_epochs: int = value(0, 'first epochs that train the classifier alone', low=0)
 
     # optimiser and schedule
-    epochs: int = _value(30, 'passes over the training images', low=1)
-    cooldown_epochs: int = _value(0, 'further epochs at the final learning rate', low=0)
-    batch_size: int = _value(64, 'images in each step, over all processes and accumulated parts', low=1)
-    accumulate: int = _value(1, 'parts that a process computes one after the other, for less memory', low=1)
-    opt: str = _value('adamw', "timm's name of the optimiser")
-    opt_args: Dict[str, Any] = _value({}, 'further arguments of the optimiser')
-    lr: float = _value(1e-3, 'learning rate after warmup', low=0.)
-    weight_decay: float = _value(0.05, 'weight decay', low=0.)
-    layer_decay: Optional[float] = _value(None, 'factor of the learning rate from each layer to the one below', low=0.)
-    clip_grad: Optional[float] = _value(None, 'largest gradient, as clip_mode measures it', low=0.)
-    clip_mode: str = _value('norm', 'norm: of all gradients; value: of each; agc: relative to the weights',
-                            choices=('norm', 'value', 'agc'))
-    sched: str = _value('cosine', "timm's name of the learning rate schedule",
-                        choices=('cosine', 'tanh', 'poly', 'step', 'multistep', 'wsd', 'rsqrt', 'constant', 'none'))
-    sched_args: Dict[str, Any] = _value({}, 'further arguments of the schedule: decay_epochs, decay_rate,'
-                                            ' decay_milestones, ...')
-    warmup_epochs: float = _value(2., 'epochs of linear warmup, at most half of all', low=0.)
-    warmup_lr: float = _value(1e-6, 'learning rate at the start of warmup', low=0.)
-    min_lr: float = _value(0., 'learning rate at the end', low=0.)
-    ema_decay: Optional[float] = _value(None, 'keep a moving average of the weights with this decay, and evaluate and'
-                                              ' save that', low=0., high=1.)
-    ema_warmup: bool = _value(False, 'let the decay rise from 0 at the start')
-    seed: int = _value(42, 'seed of initialisation, augmentation and order', low=0)
+    epochs: int = value(30, 'passes over the training images', low=1)
+    cooldown_epochs: int = value(0, 'further epochs at the final learning rate', low=0)
+    batch_size: int = value(64, 'images in each step, over all processes and accumulated parts', low=1)
+    accumulate: int = value(1, 'parts that a process computes one after the other, for less memory', low=1)
+    opt: str = value('adamw', "timm's name of the optimiser")
+    opt_args: Dict[str, Any] = value({}, 'further arguments of the optimiser')
+    lr: float = value(1e-3, 'learning rate after warmup', low=0.)
+    weight_decay: float = value(0.05, 'weight decay', low=0.)
+    layer_decay: Optional[float] = value(None, 'factor of the learning rate from each layer to the one below', low=0.)
+    clip_grad: Optional[float] = value(None, 'largest gradient, as clip_mode measures it', low=0.)
+    clip_mode: str = value('norm', 'norm: of all gradients; value: of each; agc: relative to the weights',
+                           choices=('norm', 'value', 'agc'))
+    sched: str = value('cosine', "timm's name of the learning rate schedule",
+                       choices=('cosine', 'tanh', 'poly', 'step', 'multistep', 'wsd', 'rsqrt', 'constant', 'none'))
+    sched_args: Dict[str, Any] = value({}, 'further arguments of the schedule: decay_epochs, decay_rate,'
+                                           ' decay_milestones, ...')
+    warmup_epochs: float = value(2., 'epochs of linear warmup, at most half of all', low=0.)
+    warmup_lr: float = value(1e-6, 'learning rate at the start of warmup', low=0.)
+    min_lr: float = value(0., 'learning rate at the end', low=0.)
+    ema_decay: Optional[float] = value(None, 'keep a moving average of the weights with this decay, and evaluate and'
+                                             ' save that', low=0., high=1.)
+    ema_warmup: bool = value(False, 'let the decay rise from 0 at the start')
+    seed: int = value(42, 'seed of initialisation, augmentation and order', low=0)
 
     # machine: what changes no result beyond rounding may change between a run and its continuation
-    device: str = _value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu', free=True)
-    workers: int = _value(0, 'processes that load images, for each process that trains; 0 for none', low=0, free=True)
-    amp: Optional[str] = _value(None, 'compute in bfloat16 or float16 where that is safe',
-                                choices=('bfloat16', 'float16'))
-    grad_checkpointing: bool = _value(False, 'compute activations twice instead of keeping them', free=True)
-    channels_last: bool = _value(False, 'keep images with their channels last in memory', free=True)
-    compile: bool = _value(False, 'compile the model', free=True)
-    fsdp: bool = _value(False, 'spread weights, gradients and optimiser over the processes (FSDP2), not only images',
-                        free=True)
+    device: str = value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu', free=True)
+    workers: int = value(0, 'processes that load images, for each process that trains; 0 for none', low=0, free=True)
+    amp: Optional[str] = value(None, 'compute in bfloat16 or float16 where that is safe',
+                               choices=('bfloat16', 'float16'))
+    grad_checkpointing: bool = value(False, 'compute activations twice instead of keeping them', free=True)
+    channels_last: bool = value(False, 'keep images with their channels last in memory', free=True)
+    compile: bool = value(False, 'compile the model', free=True)
+    fsdp: bool = value(False, 'spread weights, gradients and optimiser over the processes (FSDP2), not only images',
+                       free=True)
 
     # output
-    output: str = _value('output', 'folder in which the run gets one of its own', free=True)
-    name: str = _value('', 'name of that folder; that of the data if empty', free=True)
-    resume: bool = _value(True, 'go on with an unfinished run of the same name; otherwise start it afresh', free=True)
-    checkpoint_steps: int = _value(0, 'steps between checkpoints within an epoch, 0 for none but at its end', low=0,
-                                   free=True)
-    keep_checkpoints: int = _value(2, 'newest checkpoints to keep', low=1, free=True)
-    log_steps: int = _value(50, 'steps between looks at the loss', low=1, free=True)
-    tensorboard: bool = _value(False, 'write logs for TensorBoard', free=True)
+    output: str = value('output', 'folder in which the run gets one of its own', free=True)
+    name: str = value('', 'name of that folder; if empty, that of the data, with a number where it is taken', free=True)
+    overwrite: bool = value(False, 'let this run replace a finished one of the same name', free=True)
+    resume: bool = value(True, 'go on with an unfinished run of the same name; otherwise start it afresh', free=True)
+    checkpoint_steps: int = value(0, 'steps between checkpoints within an epoch, 0 for none but at its end', low=0,
+                                  free=True)
+    keep_checkpoints: int = value(2, 'newest checkpoints to keep', low=1, free=True)
+    log_steps: int = value(50, 'steps between looks at the loss', low=1, free=True)
+    tensorboard: bool = value(False, 'write logs for TensorBoard', free=True)
 
     @property
     def run_name(self) -> str:
         """Name of the run's folder."""
         return self.name or 'run'
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name and (self.name != _folder_name(self.name) or self.name in ('.', '..')):
+            raise RecipeError(
+                f'name: got {self.name!r}, must be the name of a folder within output, without separators and control'
+                f' characters.')
+
+
+def _folder_name(text: str) -> str:
+    """A text as a name that no file system takes for a path, or refuses."""
+    return ''.join('_' if c in '/\\\0' or not c.isprintable() else c for c in text)
+
+
+def name_of_data(data: str) -> str:
+    """A name for a run on a folder or data set: its last part."""
+    return _folder_name(Path(data.replace('\0', '_')).resolve().name) or 'run'
+
 
 @dataclasses.dataclass
 class ImageValues(Values):
     """Labelled images and how a model is given them."""
     # data
-    data: str = _value('digits', "'digits' (scikit-learn's handwritten digits); a folder of class-named folders of"
-                                 " images, or one that holds two of those, train and val; or a data set of timm's"
-                                 " factory: torch/NAME, hfds/NAME, hfids/NAME, wds/NAME")
-    data_dir: Optional[str] = _value(None, "root folder or address of a data set of timm's factory")
-    data_args: Dict[str, Any] = _value({}, "further arguments of timm's factory: input_key, target_key, ...")
-    train_split: str = _value('train', "name of the part to train on, for timm's factory")
-    val_split: str = _value('validation', "name of the part to hold out, for timm's factory")
-    num_classes: Optional[int] = _value(None, 'number of classes, where the data does not say', low=2)
-    val_fraction: float = _value(0.25, 'part of each class to hold out, where the data has no part of its own for it',
-                                 low=0.01, high=0.99)
-    val_seed: int = _value(0, 'seed that draws the held-out part; the same for runs that are to be compared')
-    limit: int = _value(0, 'use at most this many images of each class, 0 for all', low=0)
+    data: str = value('digits', "'digits' (scikit-learn's handwritten digits); a folder of class-named folders of"
+                                " images, or one that holds two of those, train and val; or a data set of timm's"
+                                " factory: torch/NAME, hfds/NAME, hfids/NAME, wds/NAME")
+    data_dir: Optional[str] = value(None, "root folder or address of a data set of timm's factory")
+    data_args: Dict[str, Any] = value({}, "further arguments of timm's factory: input_key, target_key, ...")
+    train_split: str = value('train', "name of the part to train on, for timm's factory")
+    val_split: str = value('validation', "name of the part to hold out, for timm's factory")
+    num_classes: Optional[int] = value(None, 'number of classes, where the data does not say', low=2)
+    val_fraction: float = value(0.25, 'part of each class to hold out, where the data has no part of its own for it',
+                                low=0.01, high=0.99)
+    val_seed: int = value(0, 'seed that draws the held-out part; the same for runs that are to be compared')
+    limit: int = value(0, 'use at most this many images of each class, 0 for all', low=0)
 
     # images: None takes the model's own value
-    crop_pct: Optional[float] = _value(None, 'part of the resized image that is kept in evaluation', low=0.01)
-    interpolation: Optional[str] = _value(None, 'bilinear, bicubic, lanczos or nearest',
-                                          choices=('bilinear', 'bicubic', 'lanczos', 'nearest'))
-    mean: Optional[Tuple[float, ...]] = _value(None, 'mean of each channel, of values between 0 and 1')
-    std: Optional[Tuple[float, ...]] = _value(None, 'standard deviation of each channel')
+    crop_pct: Optional[float] = value(None, 'part of the resized image that is kept in evaluation', low=0.01)
+    interpolation: Optional[str] = value(None, 'bilinear, bicubic, lanczos or nearest',
+                                         choices=('bilinear', 'bicubic', 'lanczos', 'nearest'))
+    mean: Optional[Tuple[float, ...]] = value(None, 'mean of each channel, of values between 0 and 1')
+    std: Optional[Tuple[float, ...]] = value(None, 'standard deviation of each channel')
+
+    def preparation(self) -> Dict[str, Any]:
+        """How images are prepared, None for the model's own way."""
+        return {name: getattr(self, name) for name in ('crop_pct', 'interpolation', 'mean', 'std')}
 
 
 @dataclasses.dataclass
 class Recipe(ImageValues, BaseRecipe):
     """The recipe of a classifier."""
     # augmentation
-    train_crop_mode: str = _value('rrc', 'rrc: random resized crop; rkrc, rkrr: resize by a random ratio, then crop or'
-                                         ' pad in the centre or at random', choices=('rrc', 'rkrc', 'rkrr'))
-    scale: Tuple[float, float] = _value((0.08, 1.), 'range of the crop, as a part of the area', low=0.)
-    ratio: Tuple[float, float] = _value((3. / 4., 4. / 3.), 'range of the aspect ratio of the crop', low=0.01)
-    hflip: float = _value(0.5, 'probability of a horizontal flip', low=0., high=1.)
-    vflip: float = _value(0., 'probability of a vertical flip', low=0., high=1.)
-    color_jitter: float = _value(0.4, 'strength of brightness, contrast and saturation jitter', low=0.)
-    color_jitter_prob: Optional[float] = _value(None, 'probability of that jitter', low=0., high=1.)
-    grayscale_prob: float = _value(0., 'probability of grey', low=0., high=1.)
-    gaussian_blur_prob: float = _value(0., 'probability of a blur', low=0., high=1.)
-    auto_augment: Optional[str] = _value(None, "timm's specification, such as rand-m9-mstd0.5-inc1")
-    re_prob: float = _value(0., 'probability of random erasing', low=0., high=1.)
-    re_mode: str = _value('pixel', 'what random erasing puts there: const (black), rand (one colour), pixel (noise)',
-                          choices=('const', 'rand', 'pixel'))
-    re_count: int = _value(1, 'boxes that random erasing takes', low=1)
-    mixup: float = _value(0., 'alpha of mixup, 0 for none', low=0.)
-    cutmix: float = _value(0., 'alpha of cutmix, 0 for none', low=0.)
-    mixup_prob: float = _value(1., 'probability of either', low=0., high=1.)
-    mixup_switch_prob: float = _value(0.5, 'probability of cutmix where both are used', low=0., high=1.)
-    mixup_mode: str = _value('batch', 'draw for each batch, pair or image', choices=('batch', 'pair', 'elem'))
-    mixup_off_epochs: int = _value(0, 'last epochs without either', low=0)
+    train_crop_mode: str = value('rrc', 'rrc: random resized crop; rkrc, rkrr: resize by a random ratio, then crop or'
+                                        ' pad in the centre or at random', choices=('rrc', 'rkrc', 'rkrr'))
+    scale: Tuple[float, float] = value((0.08, 1.), 'range of the crop, as a part of the area', low=0.)
+    ratio: Tuple[float, float] = value((3. / 4., 4. / 3.), 'range of the aspect ratio of the crop', low=0.01)
+    hflip: float = value(0.5, 'probability of a horizontal flip', low=0., high=1.)
+    vflip: float = value(0., 'probability of a vertical flip', low=0., high=1.)
+    color_jitter: float = value(0.4, 'strength of brightness, contrast and saturation jitter', low=0.)
+    color_jitter_prob: Optional[float] = value(None, 'probability of that jitter', low=0., high=1.)
+    grayscale_prob: float = value(0., 'probability of grey', low=0., high=1.)
+    gaussian_blur_prob: float = value(0., 'probability of a blur', low=0., high=1.)
+    auto_augment: Optional[str] = value(None, "timm's specification, such as rand-m9-mstd0.5-inc1")
+    re_prob: float = value(0., 'probability of random erasing', low=0., high=1.)
+    re_mode: str = value('pixel', 'what random erasing puts there: const (black), rand (one colour), pixel (noise)',
+                         choices=('const', 'rand', 'pixel'))
+    re_count: int = value(1, 'boxes that random erasing takes', low=1)
+    mixup: float = value(0., 'alpha of mixup, 0 for none', low=0.)
+    cutmix: float = value(0., 'alpha of cutmix, 0 for none', low=0.)
+    mixup_prob: float = value(1., 'probability of either', low=0., high=1.)
+    mixup_switch_prob: float = value(0.5, 'probability of cutmix where both are used', low=0., high=1.)
+    mixup_mode: str = value('batch', 'draw for each batch, pair or image', choices=('batch', 'pair', 'elem'))
+    mixup_off_epochs: int = value(0, 'last epochs without either', low=0)
 
     # loss
-    loss: str = _value('ce', 'ce: cross-entropy; bce: binary cross-entropy; poly; asl',
-                       choices=('ce', 'bce', 'poly', 'asl'))
-    smoothing: float = _value(0.1, 'label smoothing', low=0., high=1.)
-    class_balance: Optional[str] = _value(None, "weight classes by their images, timm's method; with ce or bce",
-                                          choices=('inv_freq', 'effective_num'))
-    token_labels: Optional[str] = _value(None, "train every token of an ELSA-VOLO: 'image' gives it the label of its"
-                                               " image; a folder, label maps made by scripts/make_token_labels.py")
-    token_weight: float = _value(0.5, "weight of the tokens' loss", low=0.)
+    loss: str = value('ce', 'ce: cross-entropy; bce: binary cross-entropy; poly; asl',
+                      choices=('ce', 'bce', 'poly', 'asl'))
+    smoothing: float = value(0.1, 'label smoothing', low=0., high=1.)
+    class_balance: Optional[str] = value(None, "weight classes by their images, timm's method; with ce or bce",
+                                         choices=('inv_freq', 'effective_num'))
+    token_labels: Optional[str] = value(None, "train every token of an ELSA-VOLO: 'image' gives it the label of its"
+                                              " image; a folder, label maps made by scripts/make_token_labels.py")
+    token_weight: float = value(0.5, "weight of the tokens' loss", low=0.)
 
     # evaluation: the same batches on any number of processes, and so the same bits
-    eval_batch_size: int = _value(64, 'images that a process evaluates at once', low=1, free=True)
+    eval_batch_size: int = value(64, 'images that a process evaluates at once', low=1, free=True)
 
     # output
-    figures: bool = _value(True, 'draw curves, confusion, predictions and attention', free=True)
-    onnx: bool = _value(True, 'export to ONNX and check it in ONNX Runtime', free=True)
+    figures: bool = value(True, 'draw curves, confusion, predictions and attention', free=True)
+    onnx: bool = value(True, 'export to ONNX and check it in ONNX Runtime', free=True)
 
     @property
     def run_name(self) -> str:
         """Name of the run's folder."""
-        return self.name or Path(self.data).resolve().name or 'run'
+        return self.name or name_of_data(self.data)
 
 
 @dataclasses.dataclass
 class Validation(ImageValues):
     """What scripts/validate.py measures."""
-    model: str = _value('test_elsa_swin', "timm's name of the model, hf-hub:OWNER/NAME, or local-dir:FOLDER")
-    model_args: Dict[str, Any] = _value({}, 'further arguments of the model: img_size, kernel_size, ...')
-    pretrained: bool = _value(True, 'take the weights that the name stands for')
-    checkpoint: Optional[str] = _value(None, 'take the weights in this file instead')
-    onnx: Optional[str] = _value(None, 'measure this ONNX file; the model says how images are prepared')
-    part: str = _value('val', 'images to measure: those held out, those to train on, or all',
-                       choices=('val', 'train', 'all'))
-    batch_size: int = _value(64, 'images that are computed at once', low=1)
-    workers: int = _value(0, 'processes that load images', low=0)
-    device: str = _value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu')
-    amp: Optional[str] = _value(None, 'compute in bfloat16 or float16 where that is safe',
-                                choices=('bfloat16', 'float16'))
-    channels_last: bool = _value(False, 'keep images with their channels last in memory')
-    output: Optional[str] = _value(None, 'JSON file for the numbers')
+    model: str = value('test_elsa_swin', "timm's name of the model, hf-hub:OWNER/NAME, or local-dir:FOLDER")
+    model_args: Dict[str, Any] = value({}, 'further arguments of the model: img_size, kernel_size, ...')
+    pretrained: bool = value(True, 'take the weights that the name stands for')
+    checkpoint: Optional[str] = value(None, 'take the weights in this file instead')
+    onnx: Optional[str] = value(None, 'measure this ONNX file; the model says how images are prepared')
+    part: str = value('val', 'images to measure: those held out, those to train on, or all',
+                      choices=('val', 'train', 'all'))
+    batch_size: int = value(64, 'images that are computed at once', low=1)
+    workers: int = value(0, 'processes that load images', low=0)
+    device: str = value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu')
+    amp: Optional[str] = value(None, 'compute in bfloat16 or float16 where that is safe',
+                               choices=('bfloat16', 'float16'))
+    channels_last: bool = value(False, 'keep images with their channels last in memory')
+    output: Optional[str] = value(None, 'JSON file for the numbers')
 
 
 ValuesType = TypeVar('ValuesType', bound=Values)

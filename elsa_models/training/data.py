@@ -1,31 +1,28 @@
 """Labelled images: scikit-learn's digits, a folder with one sub-folder for each class, or timm's dataset factory."""
+import logging
 import os
+from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_dataset, create_transform
 from timm.data.auto_augment import AugmentOp, posterize as timm_posterize
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from .._extras import require
+from .._images import IMAGE_EXTENSIONS, DataError, find_files, is_hidden, printable, read_image
+from ..inference.classifier import common_transform
 from .config import ImageValues, Recipe, RecipeError
-from .loading import DataError
 
+_logger = logging.getLogger(__name__)
+
+_MAX_CLASSES = 100  # that are listed
+_TRAIN_NAMES = ('train', 'training')  # of folders, in any case
+_VAL_NAMES = ('val', 'valid', 'validation', 'test', 'testing')  # the first that is there
 _FACTORIES = ('torch/', 'hfds/', 'hfids/', 'wds/')
-
-
-def decode(source: Union[Path, BinaryIO, Image.Image], mode: str, name: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source.convert(mode)
-    try:
-        with Image.open(source) as opened:
-            return ImageOps.exif_transpose(opened).convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise DataError(f'{name}: cannot be read as an image ({e}).') from e
 
 
 class LabelledImages(Dataset):
@@ -63,7 +60,7 @@ class LabelledImages(Dataset):
         Raises:
             DataError: Its file cannot be read.
         """
-        return decode(self.images[index], self.mode, self.images[index])
+        return read_image(self.images[index], self.mode, self.images[index])
 
     def __getitem__(self, index: int) -> Tuple[Any, int]:
         image = self.image(index)
@@ -91,7 +88,7 @@ class FactoryImages(Dataset):
     def _sample(self, index: int) -> Tuple[Image.Image, int]:
         # timm's own reading replaces what cannot be read, and does not count it
         source, target = (getattr(self.dataset, 'reader', None) or self.dataset)[index][:2]
-        return decode(source, self.mode, f'{self.name}, image {index}'), int(target)
+        return read_image(source, self.mode, f'{self.name}, image {index}'), int(target)
 
     def image(self, index: int) -> Image.Image:
         """As `LabelledImages.image`."""
@@ -172,16 +169,18 @@ def load_splits(recipe: ImageValues, mode: str = 'RGB', batch_size: int = 1, see
         folder = Path(recipe.data)
         if not folder.is_dir():
             raise DataError(f"data: got {recipe.data!r}, must be 'digits' or a folder that exists.")
-        if (folder / 'train').is_dir() and (_class_folders(folder / 'train') or (folder / 'val').is_dir()):
-            class_names = _class_names(folder / 'train')
-            if not (folder / 'val').is_dir():
+        folders = _part_folders(folder)
+        if folders is not None:
+            train, val = folders
+            class_names = _class_names(train)
+            if val is None:
                 raise DataError(
-                    f"{folder}: has a folder 'train' of classes but none named 'val'. Give {folder / 'train'} as data"
-                    f' to hold out a part of it, or add {folder / "val"}.')
-            strange = sorted(set(_class_folders(folder / 'val')) - set(class_names))
+                    f"{folder}: has a folder '{train.name}' of classes but none named 'val'. Give {train} as data to"
+                    f' hold out a part of it, or add {folder / "val"}.')
+            strange = sorted(set(_class_folders(val)) - set(class_names))
             if strange:
-                raise DataError(f'{folder / "val" / strange[0]}: no class of this name is in {folder / "train"}.')
-            parts = [_folder_images(folder / part, class_names, complete=part == 'train') for part in ('train', 'val')]
+                raise DataError(f'{val / strange[0]}: no class of this name is in {train}.')
+            parts = [_folder_images(part, class_names, complete=part == train) for part in folders]
         else:
             class_names = _class_names(folder)
             images, targets = _folder_images(folder, class_names)
@@ -195,28 +194,26 @@ def load_splits(recipe: ImageValues, mode: str = 'RGB', batch_size: int = 1, see
             sorted(i for group in _by_class(part[1], generator).values() for i in group[:recipe.limit or None])
             for part in parts]
     made = []
-    for (images, targets), index, folder in zip(parts, chosen, ('', '') if one_source else ('train', 'val')):
-        names = [_name(images[i], i, Path(recipe.data) / folder) for i in index]
+    roots = (Path(recipe.data),) * 2 if one_source else folders
+    for (images, targets), index, root in zip(parts, chosen, roots):
+        names = [_name(images[i], i, root) for i in index]
         made.append(LabelledImages([images[i] for i in index], [targets[i] for i in index], mode, names))
+    class_names = [printable(name) for name in class_names]
+    _report_classes(recipe.data, class_names, *made)
     return Splits(*made, class_names, one_source)
+
+
+def _report_classes(data: str, class_names: Sequence[str], train: LabelledImages, val: LabelledImages) -> None:
+    counts = Counter(train.targets)
+    held_out = Counter(val.targets)
+    each = [f'{name} {counts[i]} + {held_out[i]}' for i, name in enumerate(class_names)]
+    rest = f', and {len(each) - _MAX_CLASSES} more' if len(each) > _MAX_CLASSES else ''
+    _logger.info(
+        '%s: %d classes, images to train on + held out: %s%s', data, len(each), ', '.join(each[:_MAX_CLASSES]), rest)
 
 
 def _name(image: Union[Path, Image.Image], index: int, folder: Path) -> str:
     return image.relative_to(folder).as_posix() if isinstance(image, Path) else str(index)
-
-
-def _common(data_config: Dict[str, Any]) -> Dict[str, Any]:
-    names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    return dict(**{name: data_config[name] for name in names}, use_prefetcher=True)  # normalised on the device
-
-
-def create_eval_transform(data_config: Dict[str, Any]) -> Callable:
-    """timm's transform of evaluation: from an image to its bytes (C, H, W), uint8.
-
-    Args:
-        data_config: Size, interpolation and so on, as `timm.data.resolve_data_config` returns them.
-    """
-    return create_transform(**_common(data_config))
 
 
 def create_train_transform(recipe: Recipe, data_config: Dict[str, Any], separate: bool = False) -> Any:
@@ -240,7 +237,7 @@ def create_train_transform(recipe: Recipe, data_config: Dict[str, Any], separate
         gaussian_blur_prob=recipe.gaussian_blur_prob,
         auto_augment=recipe.auto_augment,
         separate=separate,
-        **_common(data_config),
+        **common_transform(data_config),
     )
     for operation in _operations(train):
         if operation.aug_fn is timm_posterize:
@@ -310,9 +307,21 @@ def _digits() -> Tuple[List[Image.Image], List[int], List[str]]:
 
 
 def _class_folders(folder: Path) -> List[str]:
-    # hidden folders are caches and the like
-    names = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(('.', '__'))]
+    names = [e.name for e in os.scandir(folder) if e.is_dir() and not is_hidden(e.name)]
     return sorted(names, key=natural_key)
+
+
+def _part_folders(folder: Path) -> Optional[Tuple[Path, Optional[Path]]]:
+    """The folders to train on and to hold out, the latter None where it is missing; None for a folder of classes."""
+    names = _class_folders(folder)
+    train, val = (
+        [name for part in parts for name in names if name.lower() == part] for parts in (_TRAIN_NAMES, _VAL_NAMES))
+    if not train or not (val or _class_folders(folder / train[0])):
+        return None
+    for name in (*train[1:], *val[1:]):
+        _logger.warning(
+            '%s: is not looked at; %s', folder / name, f'{val[0]} is held out' if name in val else f'{train[0]} is')
+    return folder / train[0], folder / val[0] if val else None
 
 
 def _class_names(folder: Path) -> List[str]:
@@ -328,17 +337,26 @@ def _folder_images(folder: Path, class_names: List[str], complete: bool = True) 
     numbers = {name: i for i, name in enumerate(class_names)}
     if not complete:
         numbers = {name: numbers[name] for name in _class_folders(folder)}
-    found = []
-    if numbers:
-        found = make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
-    found = [(Path(file), target) for file, target in found if not os.path.basename(file).startswith('.')]
-    filled = {target for _, target in found}
-    for name, target in numbers.items():
-        if target not in filled:
-            raise DataError(f'{folder / name}: holds no images ({", ".join(IMG_EXTENSIONS)}).')
-    if not found:
+    images, targets, others = [], [], Counter()
+    for name in sorted(numbers):
+        found = find_files(folder / name)
+        if not found.images:
+            raise DataError(f'{folder / name}: holds no images ({", ".join(IMAGE_EXTENSIONS)}).')
+        images += map(Path, found.images)
+        targets += [numbers[name]] * len(found.images)
+        others.update(found.others)
+        inner = {Path(file).relative_to(folder / name).parts[0] for file in found.images}
+        if len(inner) > 1 and all((folder / name / part).is_dir() for part in inner):
+            _logger.warning(
+                '%s: is taken for one class, but holds folders of images itself: %s', folder / name,
+                ', '.join(sorted(inner)[:5]))
+    if not images:
         raise DataError(f'{folder}: holds no images.')
-    return [file for file, _ in found], [target for _, target in found]
+    if others:
+        _logger.warning(
+            '%s: %d files are left out, for their endings: %s', folder, sum(others.values()),
+            ', '.join(f'{n} {ending}' for ending, n in sorted(others.items())))
+    return images, targets
 
 
 def _by_class(targets: Sequence[int], generator: torch.Generator) -> Dict[int, List[int]]:

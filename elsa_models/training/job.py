@@ -1,7 +1,7 @@
 """What a run trains: the one thing that classification, detection and segmentation do not share."""
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -28,12 +28,14 @@ class Job(ABC):
         metric: Which entry of `evaluate` says what epoch is the best.
         higher_is_better: Whether more of it is better.
         outputs: Names of all files and folders that `finish` may write.
+        recipe_kind: Class of its recipes.
     """
     task: TrainingTask
     train_loader: TrainLoader
     metric: str
     higher_is_better: bool = True
     outputs: Tuple[str, ...] = ()
+    recipe_kind: Type[BaseRecipe] = BaseRecipe
 
     @classmethod
     def requirements(cls, recipe: BaseRecipe) -> List[Tuple[str, str]]:

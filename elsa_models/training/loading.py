@@ -9,14 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
+from .._images import DataError
 from .config import RecipeError
 from .world import World, mix_seed
 
 _logger = logging.getLogger(__name__)
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on, with the name of the folder or file at fault."""
 
 
 _MAX_UNREADABLE = 10  # one after the other, before it is taken for a fault of the disk

@@ -20,10 +20,12 @@ from .checkpoint import Checkpoints
 from .config import BaseRecipe, RecipeError
 from .job import Job
 from .logs import TensorBoard, write_csv
+from .signals import Stopped, asked_to_stop, between_steps
 from .world import World, mix_seed, seed_all
 
 _logger = logging.getLogger(__name__)
 
+_STATE = ('epoch', 'step', 'steps', 'totals', 'model', 'ema', 'optimizer', 'scheduler', 'scaler', 'history', 'best')
 LOG, TENSORBOARD, CHECKPOINTS = 'log.csv', 'tensorboard', 'checkpoints'
 
 
@@ -217,8 +219,14 @@ class Trainer:
         total = torch.tensor(self.total, dtype=torch.float64, device=_accurate(world.device))
         first, start = self.step, time.perf_counter()
         title = f'epoch {self.epoch + 1:{len(str(self.epochs))}}/{self.epochs}'
-        with self.bar(total=self.steps, initial=first, desc=title, unit='step') as bar:
-            for parts in loader.epoch(self.epoch, first):
+        batches = loader.epoch(self.epoch, first)
+        with between_steps(), self.bar(total=self.steps, initial=first, desc=title, unit='step') as bar:
+            while self.step < self.steps:
+                try:
+                    parts = next(batches)
+                except RuntimeError:  # the same signal may have ended the processes that load
+                    self._stop_if_asked(total)
+                    raise
                 total += self.train_step(parts).to(total)
                 bar.update()
                 if self.step % recipe.log_steps == 0:
@@ -235,6 +243,7 @@ class Trainer:
                     self.total = self._finite(total)
                     self.save()
                     self._train_mode()
+                self._stop_if_asked(total)
         mean = sum(world.gather(self._finite(total))) / (self.steps * world.size)
         seconds = time.perf_counter() - start
         return dict(
@@ -245,6 +254,21 @@ class Trainer:
             images_per_second=(self.steps - first) * loader.batch_size / seconds,
             unreadable=sum(world.gather(loader.take_unreadable())),
         )
+
+    def _stop_if_asked(self, total: torch.Tensor) -> None:
+        """Keep what has been done and stop, where a signal has asked for it.
+
+        Several processes ask each other when they look at the loss, which is when they wait for each other anyway.
+        """
+        asked = asked_to_stop()
+        if self.world.size > 1:
+            if self.step % self.recipe.log_steps:
+                return
+            asked = max(number or 0 for number in self.world.gather(asked))
+        if asked:
+            self.total = self._finite(total)
+            self.save()
+            raise Stopped(asked)
 
     def _finite(self, total: torch.Tensor) -> float:
         value = total.item()
@@ -275,8 +299,10 @@ class Trainer:
             OutputError: A checkpoint cannot be written, or none of those there are can be read.
             DataError: The data cannot be read.
         """
-        self.resume()
         main = self.world.is_main
+        if main:
+            self.checkpoints.create_folder()
+        self.resume()
         tqdm = require('tqdm').tqdm
         self.bar = lambda **kwargs: tqdm(dynamic_ncols=True, disable=not main, **kwargs)
         on = self.recipe.tensorboard and main
@@ -356,7 +382,7 @@ class Trainer:
         Raises:
             RecipeError: It is of other data or another model.
         """
-        state = self.checkpoints.load_newest()
+        state = self.checkpoints.load_newest(_STATE)
         if state is None:
             return
         if state['steps'] != self.steps:

@@ -11,7 +11,7 @@ A map covers the whole image. For ImageNet-1k, k 5 and 14 x 14 places make 5.0 G
 """
 import json
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -21,20 +21,24 @@ from numpy.lib.format import open_memmap
 from timm.data import create_transform, resolve_data_config
 from timm.data.loader import fast_collate
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3, unwrap_model
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
 from .._extras import require
 from .._files import replace_folder
-from .classification import color_mode, create_eval_loader
+from .._images import DataError
+from ..inference.classifier import color_mode
+from ..models import TokenLabelModel, token_label_loss
 from .data import LabelledImages
-from .loading import DataError
+from .evaluation import create_eval_loader
 from .world import World
 
 NAMES, INDICES, SCORES, INFO = 'names.txt', 'indices.npy', 'scores.npy', 'info.json'
 
 
-class LabelMaps:
+class TokenMaps:
     """A folder of label maps, read as needed."""
 
     def __init__(self, folder: Union[str, Path]) -> None:
@@ -99,7 +103,7 @@ class TokenLabelledImages(Dataset):
     def __init__(
             self,
             images: LabelledImages,
-            maps: LabelMaps,
+            maps: TokenMaps,
             transforms: Tuple[Any, Any, Any],
             hflip: float,
             vflip: float,
@@ -148,6 +152,62 @@ def collate(batch: List[Any]) -> Tuple[torch.Tensor, TokenTargets]:
     """A batch of `TokenLabelledImages`."""
     images, classes = fast_collate([(image, target[0]) for image, target in batch])
     return images, TokenTargets(classes, *(torch.stack(x) for x in zip(*(target[1:] for _, target in batch))))
+
+
+class _TokenLabelForward(nn.Module):
+    """A model whose forward is `forward_train`, so that DDP sees it; timm unwraps `module`."""
+
+    def __init__(self, model: TokenLabelModel) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.module.forward_train(x)
+
+
+class TokenLabelTask(ClassificationTask):
+    """Token labelling (`All Tokens Matter` - https://arxiv.org/abs/2104.10858), with MixToken.
+
+    Targets are classes, or pairs of classes and label maps (B, h, w, classes).
+    """
+
+    def __init__(self, model: TokenLabelModel, dense_weight: float, smoothing: float, device: torch.device) -> None:
+        """
+        Args:
+            model: Has an aux head; `use_mix_token` makes it mix.
+            dense_weight: Weight of the tokens' loss.
+            smoothing: Label smoothing of both losses.
+            device: Device of the model.
+        """
+        super().__init__(_TokenLabelForward(model), criterion=nn.Identity(), device=device, verbose=False)
+        self.dense_weight = dense_weight
+        self.smoothing = smoothing
+
+    def setup_ema(self, **kwargs) -> nn.Module:
+        """Keep a moving average of the model itself."""
+        self.trainable_module_ema = ModelEmaV3(unwrap_model(self.trainable_module), **kwargs)
+        return self.trainable_module_ema
+
+    def compile(self, **kwargs) -> nn.Module:
+        """Compile training and evaluation."""
+        model = unwrap_model(self.trainable_module)
+        self.trainable_module = torch.compile(self.trainable_module, **kwargs)
+        self.eval_model = torch.compile(model, **kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """The model with its own forward."""
+        if not ema and module is None and not hasattr(self, 'eval_model'):
+            return unwrap_model(self.trainable_module)
+        return super().get_eval_model(module, ema=ema)
+
+    def forward(self, input: torch.Tensor, target: Any) -> Dict[str, torch.Tensor]:
+        """Loss of a batch: class token and tokens."""
+        target, dense = target if isinstance(target, (tuple, list)) else (target, None)
+        output = self.trainable_module(input)
+        loss = token_label_loss(
+            output, target, dense, dense_weight=self.dense_weight, label_smoothing=self.smoothing)
+        return dict(loss=loss, output=output.logits)
 
 
 def classify_places(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

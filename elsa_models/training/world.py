@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 
+from ..inference.classifier import ModelError, find_device
 from .config import RecipeError
 
 
@@ -54,11 +55,10 @@ def join_world(device: str) -> World:
     Raises:
         RecipeError: There is no such device.
     """
-    name = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise RecipeError(f'device: got {device!r}, which is not available here ({str(e).splitlines()[0]}).') from e
+        name = str(find_device(device))
+    except ModelError as e:
+        raise RecipeError(str(e)) from e
     if not is_distributed_env():
         return World(torch.device(name))
     if dist.is_initialized():  # a second run of this process

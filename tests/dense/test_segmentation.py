@@ -10,12 +10,11 @@ import elsa_models  # noqa: F401
 smp = pytest.importorskip('segmentation_models_pytorch')
 
 from elsa_models.dense import DenseBackbone  # noqa: E402
+from elsa_models.dense.metrics import confusion, segmentation_metrics  # noqa: E402
 from elsa_models.dense.segmentation import (  # noqa: E402
     Segmenter,
-    confusion,
     segment,
     segmentation_loss,
-    segmentation_metrics,
     sliding_logits,
 )
 

@@ -85,7 +85,7 @@ def _kind(job):
     if job == 'classification':
         return Recipe
     pytest.importorskip({'detection': 'pycocotools', 'segmentation': 'segmentation_models_pytorch'}[job])
-    module = importlib.import_module(f'elsa_models.training.{job}')
+    module = importlib.import_module(f'elsa_models.training.jobs.{job}')
     return getattr(module, f'{job.title()}Recipe')
 
 

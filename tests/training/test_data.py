@@ -1,3 +1,4 @@
+import os
 import random
 import shutil
 from collections import Counter
@@ -75,6 +76,45 @@ def test_train_and_val_folders(image_folder, tmp_path):
     shutil.rmtree(folder / 'val')
     with pytest.raises(DataError, match="none named 'val'"):
         _splits(folder)
+
+
+@pytest.mark.parametrize('train', ['train', 'Training'])
+@pytest.mark.parametrize('val', ['val', 'valid', 'validation', 'TEST'])
+def test_usual_names_of_parts(image_folder, tmp_path, train, val, caplog):
+    folder = tmp_path / 'parts'
+    shutil.copytree(image_folder, folder / train)
+    shutil.copytree(image_folder / 'red', folder / val / 'red')
+    caplog.set_level('INFO')
+    splits = _splits(folder)
+    assert splits.class_names == ['blue', 'red'] and (len(splits.train), len(splits.val)) == (16, 8)
+    assert '2 classes, images to train on + held out: blue 8 + 0, red 8 + 8' in caplog.text
+    assert splits.train.names[0] == 'blue/0.png'
+    shutil.copytree(image_folder, folder / 'Testing')
+    assert len(_splits(folder).val) == 8
+    assert 'Testing: is not looked at' in caplog.text
+
+
+def test_what_is_left_out_and_what_looks_odd_is_said(image_folder, caplog):
+    for name in ('a', 'b'):
+        shutil.copytree(image_folder / 'red', image_folder / 'nested' / name)
+    Image.new('P', (9, 9)).save(image_folder / 'red' / 'x.GIF')
+    for name in ('x.heic', 'y.heic', 'Thumbs.db', 'README'):
+        (image_folder / 'red' / name).write_text('x')
+    splits = _splits(image_folder)
+    assert len(splits.train) + len(splits.val) == 33  # with the GIF
+    assert 'nested: is taken for one class, but holds folders of images itself: a, b' in caplog.text
+    assert '4 files are left out, for their endings: 1 .db, 2 .heic, 1 without ending' in caplog.text
+
+
+def test_names_that_are_no_text(image_folder):
+    try:
+        os.rename(image_folder / 'red', os.fsencode(image_folder) + b'/r\xffd')
+    except OSError:
+        pytest.skip('this file system has none')
+    (image_folder / 'blue').rename(image_folder / 'bl\nue')
+    splits = _splits(image_folder)
+    assert splits.class_names == ['bl\\nue', 'r\\udcffd']
+    assert splits.train[0][0].mode == 'RGB'
 
 
 def test_hidden_and_foreign_files_are_passed_over(image_folder):

@@ -15,16 +15,12 @@ from elsa_models.training import DataError, RecipeError, World, load_recipe, run
 
 pytest.importorskip('pycocotools')
 
-from elsa_models.training.detection import (  # noqa: E402
+from elsa_models.dense.coco import ObjectImages, average_precision, to_coco  # noqa: E402
+from elsa_models.dense.detection import detect, load_detector  # noqa: E402
+from elsa_models.training.jobs.detection import (  # noqa: E402
     DetectionJob,
     DetectionRecipe,
-    ObjectImages,
     RandomRangeCrop,
-    average_precision,
-    detect,
-    load_detector,
-    load_objects,
-    to_coco,
     train_transform,
 )
 
@@ -37,6 +33,10 @@ SMALL = dict(
 
 def _recipe(**kwargs):
     return DetectionRecipe(**{**SMALL, **kwargs})
+
+
+def _objects(recipe):
+    return DetectionJob.load(recipe)
 
 
 def _box(mask):
@@ -79,7 +79,7 @@ def _change(coco, change, split='train2017'):
 
 
 def test_coco_folder(coco):
-    train, val = load_objects(_recipe(data=str(coco)))
+    train, val = _objects(_recipe(data=str(coco)))
     assert train.class_names == ['circle', 'square', 'triangle'] and train.category_ids == [3, 7, 90]
     for i in range(4):
         scene, found = Shapes(4, 48)[i], train.read(i)
@@ -98,7 +98,7 @@ def test_crowds_and_what_is_outside_are_left_out(coco):
         for a in content['annotations']:
             a['image_id'] = 10
     _change(coco, change)
-    train, _ = load_objects(_recipe(data=str(coco)))
+    train, _ = _objects(_recipe(data=str(coco)))
     assert train.read(0).boxes.tolist() == [[0, 40, 15, 48]]
     empty = train[1][1]
     assert empty['boxes'].shape == (0, 4) and empty['labels'].shape == (0,) and empty['masks'].shape == (0, 48, 48)
@@ -115,7 +115,7 @@ def test_crowds_and_what_is_outside_are_left_out(coco):
 ])
 def test_bad_annotations_are_named(coco, change, message):
     _change(coco, lambda c: [c['annotations'][0].update(image_id=10), change(c)])
-    train, _ = load_objects(_recipe(data=str(coco)))
+    train, _ = _objects(_recipe(data=str(coco)))
     with pytest.raises((DataError, OSError), match=message):
         train[0]
 
@@ -129,15 +129,15 @@ def test_bad_annotations_are_named(coco, change, message):
 def test_bad_data_sets_are_named(coco, change, message):
     _change(coco, change)
     with pytest.raises(DataError, match=message):
-        load_objects(_recipe(data=str(coco)))
+        _objects(_recipe(data=str(coco)))
 
 
 def test_files_that_are_no_annotations(coco, tmp_path):
     (coco / 'annotations' / 'instances_val2017.json').write_text('[1')
     with pytest.raises(DataError, match='instances_val2017.json: cannot be read'):
-        load_objects(_recipe(data=str(coco)))
+        _objects(_recipe(data=str(coco)))
     with pytest.raises(DataError, match='data: got'):
-        load_objects(_recipe(data=str(tmp_path / 'nowhere')))
+        _objects(_recipe(data=str(tmp_path / 'nowhere')))
 
 
 def test_boxes_without_masks_are_for_a_retinanet(coco, tmp_path):
@@ -145,13 +145,13 @@ def test_boxes_without_masks_are_for_a_retinanet(coco, tmp_path):
         for annotation in content['annotations']:
             del annotation['segmentation']
 
-    boxes = [load_objects(_recipe(data=str(coco)))[0].read(i).boxes for i in range(4)]
+    boxes = [_objects(_recipe(data=str(coco)))[0].read(i).boxes for i in range(4)]
     for split in ('train2017', 'val2017'):
         _change(coco, change, split)
     with pytest.raises(DataError, match='annotation 1 has a mask that cannot be read'):
-        load_objects(_recipe(data=str(coco)))[0].read(0)
+        _objects(_recipe(data=str(coco)))[0].read(0)
     recipe = _recipe(data=str(coco), detector='retinanet', detector_args={}, output=str(tmp_path / 'output'))
-    images = load_objects(recipe)[0]
+    images = _objects(recipe)[0]
     for i, expected in enumerate(boxes):
         found = images.read(i)
         np.testing.assert_array_equal(found.boxes, expected)
@@ -280,7 +280,7 @@ RECIPES = sorted((ROOT / 'configs' / 'detection').glob('*.yaml'))
 
 @pytest.mark.parametrize('file', RECIPES, ids=lambda f: f.stem)
 def test_recipes_build(file):
-    from elsa_models.training.detection import build_detector
+    from elsa_models.dense.detection import build_detector
     recipe = load_recipe(file, kind=DetectionRecipe)
     train_transform(recipe)
     names = list('abc') if recipe.data == 'shapes' else [str(i) for i in range(80)]

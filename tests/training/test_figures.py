@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 import elsa_models  # noqa: F401
-from elsa_models.training import figures
-from elsa_models.training.classification import Predictions
+from elsa_models.inference import figures
+from elsa_models.inference.classifier import Predictions
 from elsa_models.training.data import LabelledImages
 
 
@@ -91,15 +91,19 @@ def test_predictions_are_drawn(tmp_path, number, wrong, size):
 @pytest.mark.parametrize('in_chans', [1, 3])
 def test_attention_is_drawn(tmp_path, in_chans):
     model = timm.create_model('test_elsa_swin', num_classes=3, img_size=(16, 48), in_chans=in_chans)
+    config = dict(mean=(0.5,) * in_chans, std=(0.5,) * in_chans)
     figures.draw_attention(
-        model, lambda index: torch.randn(in_chans, 16, 48), _predictions([0], [0]), ['a', 'b', 'c'], tmp_path / 'a.png')
+        model, lambda index: torch.zeros(in_chans, 16, 48), config, _predictions([0], [0]), ['a', 'b', 'c'],
+        tmp_path / 'a.png')
     with Image.open(tmp_path / 'a.png') as image:
         colors = {c for _, c in image.convert('RGB').getcolors(1 << 24)}
     assert (0xff, 0x7f, 0x0e) in colors and (0x2f, 0x9b, 0xff) in colors
+    assert (128, 128, 128) in colors  # grey stays grey, and is not stretched to black or white
 
 
 def test_attention_needs_a_local_layer(tmp_path):
     model = timm.create_model('test_resnet', num_classes=3)
     with pytest.raises(ValueError, match='no ElsaAttention'):
         figures.draw_attention(
-            model, lambda index: torch.randn(3, 32, 32), _predictions([0], [0]), ['a', 'b', 'c'], tmp_path / 'a.png')
+            model, lambda index: torch.randn(3, 32, 32), model.pretrained_cfg, _predictions([0], [0]),
+            ['a', 'b', 'c'], tmp_path / 'a.png')

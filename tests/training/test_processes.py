@@ -198,11 +198,11 @@ if job == 'classification':
     from elsa_models.training import ClassificationJob as Job, Recipe
     recipe = Recipe(limit=21, eval_batch_size=8, model_args=dict(img_size=32, kernel_size=3))
 elif job == 'detection':
-    from elsa_models.training.detection import DetectionJob as Job, DetectionRecipe
+    from elsa_models.training.jobs.detection import DetectionJob as Job, DetectionRecipe
     recipe = DetectionRecipe(
         **dense, fpn_channels=16, head_channels=32, anchor_sizes=(8, 16, 24, 32, 48), eval_short_side=48)
 else:
-    from elsa_models.training.segmentation import SegmentationJob as Job, SegmentationRecipe
+    from elsa_models.training.jobs.segmentation import SegmentationJob as Job, SegmentationRecipe
     recipe = SegmentationRecipe(**dense, decoder_args=dict(decoder_channels=16), aux_channels=8, eval_flip=True)
 job = Job(recipe, world)
 model = job.model.eval()

@@ -23,7 +23,7 @@ from elsa_models.training import (
     load_recipe,
     run_job,
 )
-from elsa_models.training.classification import keeps_licence, save_model
+from elsa_models.training.jobs.classification import keeps_licence, save_model
 
 SMALL = dict(
     epochs=2, limit=8, batch_size=16, hflip=0., color_jitter=0., onnx=False, figures=False,
@@ -211,9 +211,9 @@ def test_starts_from_a_saved_model(tmp_path, full, image_folder):
 
 @pytest.mark.parametrize('at', ['run', 'save_folder', 'export_onnx', 'draw_predictions'])
 def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, monkeypatch, at):
-    from elsa_models.training import figures
+    from elsa_models.inference import figures
     modules = {'draw_predictions': figures, 'run': sys.modules['elsa_models.training.run'].Trainer}
-    module = modules.get(at, sys.modules['elsa_models.training.classification'])
+    module = modules.get(at, sys.modules['elsa_models.training.jobs.classification'])
     first = _run(tmp_path, epochs=1)
     before = _bytes(first.folder)
 
@@ -223,7 +223,8 @@ def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, mo
             (Path(args[1]) / 'model.safetensors').write_bytes(b'half')
         raise RuntimeError('power cut')
 
-    arguments = dict(epochs=1, seed=7, onnx=at == 'export_onnx', figures=at == 'draw_predictions')
+    arguments = dict(
+        epochs=1, seed=7, onnx=at == 'export_onnx', figures=at == 'draw_predictions', name='digits', overwrite=True)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='power cut'):
         patch.setattr(module, at, half)
         _run(tmp_path, **arguments)
@@ -239,7 +240,7 @@ def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, mo
 
 def test_full_disk_at_the_end_is_a_clear_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OutputError, match='the results cannot be written .*No space'):
-        patch.setattr(sys.modules['elsa_models.training.classification'], 'save_folder',
+        patch.setattr(sys.modules['elsa_models.training.jobs.classification'], 'save_folder',
                       lambda *args, **kwargs: (_ for _ in ()).throw(OSError('No space left on device')))
         _run(tmp_path, epochs=1)
     assert (tmp_path / 'output' / 'digits-running' / 'checkpoints' / 'best.pt').exists()
@@ -271,15 +272,49 @@ def test_two_runs_of_one_name_are_kept_apart(tmp_path, monkeypatch):
     assert _run(tmp_path, epochs=1).metrics['epoch'] == 1
 
 
-def test_second_run_replaces_the_first(tmp_path):
-    first = _weights(_run(tmp_path, epochs=1))
+def test_finished_run_is_never_replaced_unless_asked(tmp_path, caplog):
+    caplog.set_level('INFO')
+    first = _run(tmp_path, epochs=1)
+    before = _bytes(first.folder)
     second = _run(tmp_path, epochs=1, seed=7)
-    assert _weights(second) != first
-    assert [p.name for p in second.folder.parent.iterdir()] == ['digits']
+    assert second.folder.name == 'digits-2' and 'digits is there already; this run is' in caplog.text
+    assert _bytes(first.folder) == before and _weights(second) != _weights(first)
+    with pytest.raises(OutputError, match=r'digits: is there already.*--overwrite'):
+        _run(tmp_path, epochs=1, seed=7, name='digits')
+    assert _bytes(first.folder) == before
+    third = _run(tmp_path, epochs=1, seed=7, name='digits', overwrite=True)
+    assert third.folder == first.folder and _weights(third) == _weights(second)
+    assert sorted(p.name for p in third.folder.parent.iterdir()) == ['digits', 'digits-2']
+
+
+def test_folders_of_one_name_do_not_meet(tmp_path, image_folder, monkeypatch):
+    other = tmp_path / 'other' / image_folder.name
+    shutil.copytree(image_folder, other)
+    arguments = dict(limit=0, epochs=1, batch_size=4)
+    _interrupted(tmp_path, monkeypatch, data=str(image_folder), **arguments)
+    assert _run(tmp_path, data=str(other), **arguments).folder.name == 'pictures-2'
+    assert _run(tmp_path, data=str(image_folder), **arguments).folder.name == 'pictures'  # goes on
+    _interrupted(tmp_path, monkeypatch, data=str(other), seed=9, **arguments)
+    assert (tmp_path / 'output' / 'pictures-3-running').is_dir()
+    assert _run(tmp_path, data=str(other), seed=9, **arguments).folder.name == 'pictures-3'
+
+
+@pytest.mark.parametrize('name', ['../esc', '/tmp/esc', '..', '.', 'a/b', 'a\\b', 'a\0b', 'a\nb'])
+def test_name_stays_in_the_output_folder(name):
+    with pytest.raises(RecipeError, match='name: got .* must be the name of a folder within output'):
+        Recipe(name=name)
+    assert Recipe(data=f'x/{name}').run_name.isprintable() and '/' not in Recipe(data=f'x/{name}').run_name
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('x')
+    for arguments in (dict(output=str(tmp_path / 'file')), dict(output=str(tmp_path), name='x' * 300)):
+        with pytest.raises(OutputError, match='cannot be written|is a file'):
+            run(Recipe(**{**SMALL, **arguments}))
 
 
 def test_saved_model_that_differs_is_refused(tmp_path, monkeypatch):
-    module = sys.modules['elsa_models.training.classification']
+    module = sys.modules['elsa_models.training.jobs.classification']
     save = module.save_folder
 
     def save_another(model, *args, **kwargs):

@@ -16,13 +16,10 @@ from elsa_models.training import DataError, RecipeError, World, load_recipe, run
 
 pytest.importorskip('segmentation_models_pytorch')
 
-from elsa_models.training.segmentation import (  # noqa: E402
+from elsa_models.dense.segmentation import build_segmenter, load_segmenter, predict_labels  # noqa: E402
+from elsa_models.training.jobs.segmentation import (  # noqa: E402
     SegmentationJob,
     SegmentationRecipe,
-    build_segmenter,
-    load_label_maps,
-    load_segmenter,
-    predict_labels,
     train_transform,
 )
 
@@ -64,21 +61,21 @@ def folder(request, tmp_path):
 
 
 def test_shapes():
-    splits = load_label_maps(_recipe())
+    splits = SegmentationJob.load(_recipe())
     assert splits.class_names == NAMES and len(splits.train) == 8 and len(splits.val) == 5
     image, labels = splits.train.read(3)
     assert np.array_equal(labels, _labels(Shapes(8, 48)[3])) and image.size == (48, 48)
     assert splits.val.read(0)[0].tobytes() != splits.train.read(0)[0].tobytes()
-    assert [len(s) for s in load_label_maps(_recipe(limit=6))[:2]] == [6, 5]
+    assert [len(s) for s in SegmentationJob.load(_recipe(limit=6))[:2]] == [6, 5]
 
 
 def test_folders(folder):
-    splits = load_label_maps(_recipe(data=str(folder)))
+    splits = SegmentationJob.load(_recipe(data=str(folder)))
     assert splits.class_names == NAMES[:3]
     for i in range(4):
         expected = _labels(Shapes(4, 48)[i]).astype(int)
         assert np.array_equal(splits.train.read(i)[1], np.where(expected == 3, 255, expected))
-    assert len(load_label_maps(_recipe(data=str(folder), limit=2)).train) == 2
+    assert len(SegmentationJob.load(_recipe(data=str(folder), limit=2)).train) == 2
 
 
 def _first_mask(folder):
@@ -97,7 +94,7 @@ def test_bad_label_maps_are_named(folder, content, message):
         file.write_bytes(b'no image')
     else:
         Image.fromarray(content).save(file)
-    splits = load_label_maps(_recipe(data=str(folder)))
+    splits = SegmentationJob.load(_recipe(data=str(folder)))
     with pytest.raises(DataError, match=message):
         splits.train[0]
 
@@ -105,18 +102,18 @@ def test_bad_label_maps_are_named(folder, content, message):
 def test_missing_parts_are_named(folder, tmp_path):
     (folder / 'classes.txt').unlink()
     with pytest.raises(DataError, match='classes.txt'):
-        load_label_maps(_recipe(data=str(folder)))
-    assert load_label_maps(_recipe(data=str(folder), num_classes=3)).class_names == ['0', '1', '2']
+        SegmentationJob.load(_recipe(data=str(folder)))
+    assert SegmentationJob.load(_recipe(data=str(folder), num_classes=3)).class_names == ['0', '1', '2']
     _first_mask(folder).unlink()
     with pytest.raises(DataError, match='0.png: is missing'):
-        load_label_maps(_recipe(data=str(folder), num_classes=3))
+        SegmentationJob.load(_recipe(data=str(folder), num_classes=3))
     with pytest.raises(DataError, match='data: got'):
-        load_label_maps(_recipe(data=str(tmp_path)))
+        SegmentationJob.load(_recipe(data=str(tmp_path)))
 
 
 def test_transforms_move_labels_with_the_image():
     recipe = _recipe(photometric=False)
-    splits = load_label_maps(recipe)
+    splits = SegmentationJob.load(recipe)
     splits.train.transform = train_transform(recipe)
     none = []
     for i in range(8):
@@ -175,7 +172,7 @@ def test_repeated_images_do_not_count(monkeypatch):
     job = SegmentationJob(_recipe(), World(torch.device('cpu'), 1, 2))
     monkeypatch.setattr(World, 'gather', lambda self, value: [value])
     totals = []
-    monkeypatch.setattr('elsa_models.training.segmentation.segmentation_metrics', totals.append)
+    monkeypatch.setattr('elsa_models.training.jobs.segmentation.segmentation_metrics', totals.append)
     with torch.no_grad():
         job.evaluate(job.model.eval())
     assert len(job._eval_loader) == 3 and totals[0].sum() == 2 * 48 * 48

@@ -8,10 +8,10 @@ from PIL import Image
 
 import elsa_models  # noqa: F401
 from elsa_models.training import ClassificationJob, DataError, LabelledImages, Recipe, RecipeError, run_job
-from elsa_models.training.classification import TokenLabelTask
 from elsa_models.training.token_labels import (
-    LabelMaps,
     TokenLabelledImages,
+    TokenLabelTask,
+    TokenMaps,
     TokenTargets,
     classify_places,
     collate,
@@ -62,7 +62,7 @@ def test_image_and_map_stay_together(tmp_path):
     colors = torch.tensor([[0, 80], [160, 240]], dtype=torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1)
     classes = (colors // 80).numpy()[None, None]
     images = LabelledImages([Image.fromarray(colors.numpy()).resize((64, 32), 0)], [1], names=['a'])
-    maps = LabelMaps(_write(tmp_path / 'maps', ['a'], classes, np.ones(classes.shape)))
+    maps = TokenMaps(_write(tmp_path / 'maps', ['a'], classes, np.ones(classes.shape)))
     config = dict(
         input_size=(3, 32, 32), interpolation='bilinear', mean=(0.,) * 3, std=(1.,) * 3, crop_pct=1.,
         crop_mode='center')
@@ -100,7 +100,7 @@ def test_maps_are_made_and_read(tmp_path, image_folder):
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=2, pretrained=False).eval()
     make_label_maps(model, 'teacher', images, tmp_path / 'maps', size=(3, 3), top_k=5, batch_size=6)
-    maps = LabelMaps(tmp_path / 'maps')
+    maps = TokenMaps(tmp_path / 'maps')
     assert maps.info == dict(teacher='teacher', num_classes=2) and len(maps.rows) == 16
     indices, scores = maps['red/3.png']
     assert indices.shape == scores.shape == (2, 3, 3)
@@ -125,7 +125,7 @@ def test_unreadable_image_leaves_the_former_maps(tmp_path, image_folder):
     (image_folder / 'red' / '3.png').write_bytes(b'no image')
     with pytest.raises(DataError, match=r'red/3\.png: cannot be read'):
         make_label_maps(model, 'second', images, tmp_path / 'maps')
-    assert LabelMaps(tmp_path / 'maps').info['teacher'] == 'first'
+    assert TokenMaps(tmp_path / 'maps').info['teacher'] == 'first'
 
 
 def _run(tmp_path, **kwargs):

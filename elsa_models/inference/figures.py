@@ -2,19 +2,16 @@
 import math
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple, Sequence, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Union
 
 import torch
 import torch.nn as nn
 
 from .._extras import require
+from .._images import normalise, read_image, to_picture
 from .._modes import evaluating
 from ..layers import ElsaAttention
-from .data import LabelledImages, create_eval_transform
-
-if TYPE_CHECKING:
-    from .classification import Predictions
-    from .inference import Answer, Classifier
+from .classifier import Answer, Classifier, Predictions, color_mode, create_eval_transform
 
 _RIGHT, _WRONG, _QUERY = '#1b7837', '#c51b2b', '#ff7f0e'
 _MAX_HEADS = 6  # drawn for each layer
@@ -121,8 +118,8 @@ def draw_confusion(
 
 
 def draw_predictions(
-        images: LabelledImages,
-        predictions: 'Predictions',
+        images: Any,
+        predictions: Predictions,
         class_names: List[str],
         path: Union[str, Path],
         rows: int = 5,
@@ -131,7 +128,7 @@ def draw_predictions(
     """Draw a grid of images with predicted class and confidence: mistakes first, in red, then a sample of the rest.
 
     Args:
-        images: The images.
+        images: The images, which `image` gives by their number.
         predictions: What was predicted for them.
         class_names: Name of each class.
         path: PNG to write.
@@ -174,7 +171,8 @@ def draw_predictions(
 def draw_attention(
         model: nn.Module,
         load: Callable[[int], torch.Tensor],
-        predictions: 'Predictions',
+        data_config: Dict[str, Any],
+        predictions: Predictions,
         class_names: List[str],
         path: Union[str, Path],
 ) -> None:
@@ -188,6 +186,7 @@ def draw_attention(
     Args:
         model: Model that holds `ElsaAttention`.
         load: Gives an image of the data set, by its number, as the model takes it: (C, H, W), normalised.
+        data_config: Its mean and std, by which it was.
         predictions: What was predicted for them.
         class_names: Name of each class.
         path: PNG to write.
@@ -203,7 +202,7 @@ def draw_attention(
     if not layers:
         raise ValueError('model: has no ElsaAttention, there is no local attention to draw.')
     layers = list(layers.values())  # the last of each resolution
-    picture = _as_picture(tensor)
+    picture = to_picture(tensor, data_config['mean'], data_config['std'])
     size = picture.shape[:2]
     y, x = _choose_query(layers[0])
     y, x = (y + 0.5) / layers[0].weights.shape[0], (x + 0.5) / layers[0].weights.shape[1]
@@ -220,7 +219,7 @@ def draw_attention(
         H, W, num_heads, K, _ = layer.weights.shape
         i, j = int(y * H), int(x * W)
         ax = figure.add_subplot(grid[row, 0])
-        ax.imshow(picture, cmap='gray')
+        ax.imshow(picture, cmap='gray', vmin=0., vmax=1.)
         _outline(ax, i, j, layer, (size[0] / H, size[1] / W))
         ax.set_title('image and neighbourhood', fontsize=10)
         ax.set_ylabel(f'map of {H} × {W} pixels\n{K} × {K} neighbours', fontsize=10)
@@ -250,7 +249,7 @@ def draw_attention(
 
 
 def draw_contact_sheet(
-        answers: Sequence['Answer'],
+        answers: Sequence[Answer],
         path: Union[str, Path],
         columns: int = 6,
         most: int = 60,
@@ -280,8 +279,8 @@ def draw_contact_sheet(
 
 
 def draw_overlays(
-        classifier: 'Classifier',
-        answers: Sequence['Answer'],
+        classifier: Classifier,
+        answers: Sequence[Answer],
         path: Union[str, Path],
         most: int = 8,
 ) -> None:
@@ -298,25 +297,24 @@ def draw_overlays(
     """
     config = classifier.data_config
     transform = create_eval_transform(config)
-    mean, std = (torch.tensor(config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
     rows = []
     for answer in answers[:most]:
-        image = LabelledImages([Path(answer.file)], [0], 'L' if config['input_size'][0] == 1 else 'RGB').image(0)
-        tensor = (torch.as_tensor(transform(image)) / 255. - mean) / std
+        image = read_image(Path(answer.file), color_mode(config), answer.file)
+        tensor = normalise(torch.as_tensor(transform(image)), config['mean'], config['std'])
         layers = {tuple(layer.weights.shape[:2]): layer for layer in attention_layers(classifier.model, tensor)}
-        rows.append((answer, _as_picture(tensor), list(layers.values())))
+        rows.append((answer, to_picture(tensor, config['mean'], config['std']), list(layers.values())))
     columns = 1 + max(len(layers) for _, _, layers in rows)
     figure = _new_figure(2.6 * columns + 0.8, 2.9 * len(rows) + 1.)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (answer, picture, layers) in zip(axes, rows, strict=True):
         for ax in row:
             _clean(ax)
-        row[0].imshow(picture, cmap='gray')
+        row[0].imshow(picture, cmap='gray', vmin=0., vmax=1.)
         row[0].set_title(f'{_short(answer.labels[0])} {answer.probabilities[0]:.0%}', fontsize=10)
         height, width = picture.shape[:2]
         for ax, layer in zip(row[1:], layers, strict=False):
             grey = picture if picture.ndim == 2 else picture.mean(axis=2)
-            ax.imshow(grey, cmap='gray', extent=(0, width, height, 0))
+            ax.imshow(grey, cmap='gray', vmin=0., vmax=1., extent=(0, width, height, 0))
             spread = ax.imshow(
                 (_spread(layer) / layer.kernel_size ** 2).numpy(), cmap='magma', vmin=0., vmax=1., alpha=0.6,
                 extent=(0, width, height, 0), interpolation='bilinear')
@@ -327,7 +325,7 @@ def draw_overlays(
 
 
 def _thumbnail(file: str) -> Any:
-    image = LabelledImages([Path(file)], [0]).image(0)
+    image = read_image(Path(file), 'RGB', file)
     image.thumbnail((400, 400))
     return image
 
@@ -354,13 +352,6 @@ def _at(layer: AttentionLayer, y: float, x: float) -> torch.Tensor:
     """Weights (heads, K, K) of the pixel at a place given in parts of height and width."""
     H, W = layer.weights.shape[:2]
     return layer.weights[int(y * H), int(x * W)]
-
-
-def _as_picture(tensor: torch.Tensor) -> Any:
-    """(C, H, W), normalised, to an array (H, W, C), or (H, W) for one channel, between 0 and 1."""
-    low, high = tensor.amin(), tensor.amax()
-    picture = ((tensor - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0)
-    return (picture[..., 0] if picture.shape[2] == 1 else picture).numpy()
 
 
 def _outline(ax: Any, i: int, j: int, layer: AttentionLayer, cell: Any) -> None:

@@ -1,0 +1,60 @@
+"""Detectors and segmenters as files: weights beside what builds the model."""
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Tuple, Union
+
+import safetensors.torch
+import torch.nn as nn
+
+from ..models._checkpoint import WeightsError
+
+_CONFIG, _WEIGHTS = 'config.json', 'model.safetensors'
+
+
+def save_model(model: nn.Module, folder: Union[str, Path], config: Dict[str, Any]) -> None:
+    """Save weights as safetensors beside a config.json that says how to build the model.
+
+    Args:
+        model: Model to save.
+        folder: Folder to create.
+        config: What the model's builder takes, of plain values.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    weights = {k: x.detach().cpu().contiguous() for k, x in model.state_dict().items()}
+    safetensors.torch.save_file(weights, folder / _WEIGHTS, metadata=dict(format='pt'))
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2), encoding='utf-8')
+
+
+def load_model(
+        folder: Union[str, Path],
+        task: str,
+        build: Callable[[Dict[str, Any]], nn.Module],
+) -> Tuple[nn.Module, Dict[str, Any]]:
+    """Load what `save_model` has written.
+
+    Args:
+        folder: Folder of the model.
+        task: What 'task' must be in its config.
+        build: Makes the model from its config, without weights.
+
+    Returns:
+        The model in evaluation mode, on the CPU, and its config.
+
+    Raises:
+        WeightsError: There is no such model, it is of another task, or files do not fit each other.
+    """
+    folder = Path(folder)
+    try:
+        config: Optional[Dict[str, Any]] = json.loads((folder / _CONFIG).read_text(encoding='utf-8'))
+        found = config.get('task')
+    except (OSError, ValueError, AttributeError) as e:
+        raise WeightsError(f'{folder}: has no readable {_CONFIG} ({e}).') from e
+    if found != task:
+        raise WeightsError(f'{folder}: is a model for {found!r}, must be for {task!r}.')
+    try:
+        model = build(config)
+        model.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, safetensors.SafetensorError) as e:
+        raise WeightsError(f'{folder}: cannot be loaded ({type(e).__name__}: {e}).') from e
+    return model.eval(), config
