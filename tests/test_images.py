@@ -64,6 +64,7 @@ def test_palettes_and_transparency(tmp_path, recwarn):
     image.save(tmp_path / 'p.gif')
     Image.new('RGBA', (8, 8), (200, 30, 60, 128)).save(tmp_path / 'a.png')
     Image.new('1', (8, 8), 1).save(tmp_path / '1.png')
+    recwarn.clear()
     for name in ('p.png', 'p.gif', 'a.png'):
         assert read_image(tmp_path / name).getpixel((3, 3)) == (200, 30, 60)
     assert read_image(tmp_path / '1.png').getpixel((3, 3)) == (255, 255, 255)
