@@ -2,6 +2,7 @@
 import logging
 import multiprocessing
 import random
+import signal
 from itertools import islice, zip_longest
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -14,6 +15,12 @@ from .config import RecipeError
 from .world import World, mix_seed
 
 _logger = logging.getLogger(__name__)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a process that loads live until its parent ends it: signals go to both, and the parent finishes its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 _MAX_UNREADABLE = 10  # one after the other, before it is taken for a fault of the disk
@@ -138,6 +145,7 @@ class TrainLoader:
             persistent_workers=workers > 0,
             collate_fn=collate,
             pin_memory=world.device.type == 'cuda',
+            worker_init_fn=leave_signals_to_parent,
             generator=self._generator,
         )
         if stream:
@@ -214,6 +222,7 @@ class EvalLoader:
             persistent_workers=workers > 0,
             collate_fn=collate,
             pin_memory=world.device.type == 'cuda',
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator(),  # leaves the global one alone
         )
         self.samples = None

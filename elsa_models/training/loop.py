@@ -219,14 +219,8 @@ class Trainer:
         total = torch.tensor(self.total, dtype=torch.float64, device=_accurate(world.device))
         first, start = self.step, time.perf_counter()
         title = f'epoch {self.epoch + 1:{len(str(self.epochs))}}/{self.epochs}'
-        batches = loader.epoch(self.epoch, first)
         with between_steps(), self.bar(total=self.steps, initial=first, desc=title, unit='step') as bar:
-            while self.step < self.steps:
-                try:
-                    parts = next(batches)
-                except RuntimeError:  # the same signal may have ended the processes that load
-                    self._stop_if_asked(total)
-                    raise
+            for parts in loader.epoch(self.epoch, first):
                 total += self.train_step(parts).to(total)
                 bar.update()
                 if self.step % recipe.log_steps == 0:
@@ -409,6 +403,8 @@ class Trainer:
             sum(state['totals']) / len(state['totals']))
         self.best = Best(*state['best']) if state['best'] is not None else None
         if self.world.is_main:
+            if self.history:  # a kill may have come between checkpoint and log
+                write_csv(self.history, self.folder / LOG)
             _logger.info('goes on from epoch %d, step %d of %d', self.epoch + 1, self.step, self.steps)
 
     def best_model(self) -> nn.Module:

@@ -87,7 +87,7 @@ def test_strangers_files_are_still_refused(tmp_path):
         _run(tmp_path)
 
 
-@pytest.mark.parametrize('number, workers', [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize('number, workers', [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_signal_ends_with_a_checkpoint_a_sentence_and_a_status(tmp_path, straight, number, workers):
     values = [x for k, v in SMALL.items() if k not in ('model_args', 'onnx', 'figures')
               for x in (f'--{k.replace("_", "-")}', str(v))]
