@@ -3,10 +3,15 @@ import argparse
 import dataclasses
 import difflib
 import math
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+
+_MAX_DEPTH = 20  # of mappings and lists within each other
+_MAX_INT = 2 ** 31 - 1
 
 
 class RecipeError(ValueError):
@@ -119,7 +124,7 @@ class BaseRecipe(Values):
     ema_decay: Optional[float] = value(None, 'keep a moving average of the weights with this decay, and evaluate and'
                                              ' save that', low=0., high=1.)
     ema_warmup: bool = value(False, 'let the decay rise from 0 at the start')
-    seed: int = value(42, 'seed of initialisation, augmentation and order', low=0)
+    seed: int = value(42, 'seed of initialisation, augmentation and order', low=0, high=2 ** 63 - 1)
 
     # machine: what changes no result beyond rounding may change between a run and its continuation
     device: str = value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu', free=True)
@@ -284,8 +289,8 @@ def load_recipe(
     values = {}
     if path is not None:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            values = _read(Path(path).read_text(encoding='utf-8')) or {}
+        except (OSError, ValueError) as e:
             raise RecipeError(f'{path}: cannot be read as a recipe. {e}') from e
         if not isinstance(values, dict):
             raise RecipeError(f'{path}: holds a {type(values).__name__}, must be a mapping of keys to values.')
@@ -329,12 +334,27 @@ def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) 
             options.update(metavar={str: 'TEXT', int: 'N', float: 'X'}[bare])
         numbers = get_origin(bare) is tuple and get_args(bare)[0] is not str
         if bare in (int, float) or numbers or bare is not hint and bare is not str:
-            options.update(type=_read)  # typed as in a file, so that null means none there as here
+            options.update(type=_read_option)  # typed as in a file, so that null means none there as here
         parser.add_argument('--' + field.name.replace('_', '-'), **options)
 
 
 def _read(text: str) -> Any:
-    return yaml.safe_load(text)
+    """A value from YAML.
+
+    Raises:
+        ValueError: It is none, or holds itself, or is nested too deeply.
+    """
+    try:
+        return _plain(yaml.safe_load(text))
+    except (yaml.YAMLError, RecursionError) as e:
+        raise ValueError(f'{e}') from e
+
+
+def _read_option(text: str) -> Any:
+    try:
+        return _read(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f'got {_shown(text)}. {e}') from e
 
 
 class _Mapping(argparse.Action):
@@ -346,7 +366,10 @@ class _Mapping(argparse.Action):
             key, equals, text = entry.partition('=')
             if not key or not equals:
                 raise argparse.ArgumentError(self, f'got {entry!r}, must be KEY=VALUE.')
-            mapping[key] = _read(text)
+            try:
+                mapping[key] = _read(text)
+            except ValueError as e:
+                raise argparse.ArgumentError(self, f'got {entry!r}. {e}') from e
         setattr(namespace, self.dest, mapping)
 
 
@@ -379,35 +402,57 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         expected = f'a list of {f"{size} {items}" if size else items}'
     elif origin is dict:
         if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return _plain(value)
+            try:
+                return _plain(value)
+            except ValueError as e:
+                raise RecipeError(f'{name}: {e}') from e
         expected = 'a mapping of names to values'
     elif hint is float:
         if isinstance(value, str):  # YAML reads 1e-3 as text, and 1.0e-3 as a number
             try:
-                return float(value)
+                number = float(value)
             except ValueError:
-                pass
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        expected = 'a number'
+                number = math.nan
+            if math.isfinite(number):
+                return number
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+            return float(value)  # finite
+        expected = 'a finite number'
     else:
         if type(value) is hint:
             return value
         expected = {int: 'a whole number', bool: 'true or false', str: 'text'}[hint]
-    raise RecipeError(f'{name}: got {value!r} of type {type(value).__name__}, must be {expected}.')
+    raise RecipeError(f'{name}: got {_shown(value)} of type {type(value).__name__}, must be {expected}.')
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` with lists for tuples, at any depth, as YAML gives it back."""
+def _shown(value: Any) -> str:
+    """A value for a message, in short."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        text = 'a huge number'
+    return text if len(text) <= 100 else f'{text[:100]}...'
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Return `value` with lists for tuples, at any depth, as YAML gives it back.
+
+    Raises:
+        ValueError: It is nested more deeply than any recipe is, as where it holds itself.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f'It is nested more than {_MAX_DEPTH} deep.')
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: _plain(v, depth + 1) for k, v in value.items()}
+    return [_plain(v, depth + 1) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     low, high, choices = (field.metadata[k] for k in ('low', 'high', 'choices'))
     for v in value if isinstance(value, tuple) else (value,):
+        if isinstance(v, int) and not isinstance(v, bool):
+            high = _MAX_INT if high == math.inf else high
         if isinstance(v, (int, float)) and not isinstance(v, bool) and not low <= v <= high:
-            raise RecipeError(f'{field.name}: got {v}, must be a number from {low:g} to {high:g}.')
+            raise RecipeError(f'{field.name}: got {_shown(v)}, must be a number from {low:g} to {high:g}.')
         if choices and v is not None and v not in choices:
             raise RecipeError(f'{field.name}: got {v!r}, must be one of {", ".join(choices)}.')

@@ -40,14 +40,17 @@ def test_unknown_key_is_refused_by_name(tmp_path):
     ('epochs: true', 'a whole number'),
     ('epochs: null', 'a whole number'),
     ("epochs: '3'", 'a whole number'),
-    ('lr: fast', 'a number'),
-    ('lr: false', 'a number'),
-    ('clip_grad: [1]', 'a number'),
+    ('lr: fast', 'a finite number'),
+    ('lr: false', 'a finite number'),
+    ('clip_grad: [1]', 'a finite number'),
     ('figures: 1', 'true or false'),
     ('model: 3', 'text'),
     ('scale: 0.5', 'a list of 2 numbers'),
     ('scale: [0.5, 0.6, 1]', 'a list of 2 numbers'),
-    ('mean: [red]', 'a number'),
+    ('lr: .inf', 'a finite number'),
+    ('lr: 1e999', 'a finite number'),
+    (f'lr: 1{"0" * 400}', 'a finite number'),
+    ('mean: [red]', 'a finite number'),
     ('model_args: [img_size]', 'a mapping of names to values'),
     ('model_args: {1: 2}', 'a mapping of names to values'),
 ])
@@ -59,6 +62,7 @@ def test_wrong_type_is_refused_by_name(tmp_path, line, kind):
 
 @pytest.mark.parametrize('values', [
     {'epochs': 0}, {'batch_size': 0}, {'lr': -1.}, {'lr': float('nan')}, {'val_fraction': 0.}, {'val_fraction': 1.},
+    {'epochs': 99999999999999999999}, {'epochs': 10 ** 5000}, {'limit': 2 ** 40},
     {'hflip': 1.5}, {'scale': (-1., 1.)}, {'limit': -1}, {'sched': 'cosin'}, {'interpolation': 'cubic'},
 ])
 def test_value_out_of_range_is_refused_by_name(values):
@@ -74,6 +78,20 @@ def test_file_that_is_no_mapping(tmp_path, text):
     else:
         with pytest.raises(RecipeError, match=r'r\.yaml'):
             load_recipe(path)
+
+
+@pytest.mark.parametrize('text', [
+    'model_args: ' + '{a: ' * 5000 + '1' + '}' * 5000, 'model_args: ' + '[' * 5000 + ']' * 5000,
+    'model_args: {a: ' + '[' * 50 + ']' * 50 + '}', 'model_args: &x {a: *x}', 'freeze: &x [*x]',
+    f'epochs: {"9" * 5000}', '\0', 'a: \x80',
+])
+def test_file_that_nobody_wrote_for_this(tmp_path, text, capsys):
+    with pytest.raises(RecipeError, match=r'r\.yaml: '):
+        load_recipe(_write(tmp_path / 'r.yaml', text))
+    value = text.partition(': ')[2] or '{'
+    for arguments in (['--limit', value], ['--model-args', f'a={value}'], ['--clip-grad', value]):
+        with pytest.raises((SystemExit, RecipeError)):
+            load_recipe(overrides=_parse(*arguments))
 
 
 def test_missing_file_is_named(tmp_path):
