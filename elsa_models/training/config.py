@@ -9,7 +9,6 @@ from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union, get_a
 
 import yaml
 
-
 _MAX_DEPTH = 20  # of mappings and lists within each other
 _MAX_INT = 2 ** 31 - 1
 
