@@ -5,7 +5,7 @@
     python scripts/export_onnx.py elsa_swin_tiny model.onnx --checkpoint elsa_swin_tiny.pth.tar
     python scripts/export_onnx.py output/NAME model.onnx --preprocess --precision int8 --images FOLDER
 
-MODEL is a name of timm, or a folder that scripts/train.py or timm has saved.
+A path as MODEL, such as a run's folder, comes with its weights.
 """
 import argparse
 import logging
@@ -14,56 +14,40 @@ import time
 from pathlib import Path
 from typing import List, Optional
 
-import timm
 from timm.utils import setup_default_logging
 
 import elsa_models
 from elsa_models.export import MIN_OPSET, PRECISIONS
+from elsa_models.models._naming import HELP, create_named
 
 
 def create(args: argparse.Namespace):
     """Build the model that the options name."""
-    name, kwargs = args.model, {}
-    for folder in (Path(args.model), Path(args.model) / 'model'):
-        if (folder / 'config.json').is_file():
-            name, args.pretrained = f'local-dir:{folder}', True
-    if name == args.model and (Path(args.model).is_dir() or '/' in args.model and ':' not in args.model):
-        raise ValueError(f'MODEL: got {args.model!r}, which holds no config.json, nor does its sub-folder model.')
-    if name == args.model and ':' not in name and not timm.is_model(name):
-        known = ', '.join(timm.list_models(['elsa_*', 'test_elsa_*']))
-        raise ValueError(f'MODEL: got {args.model!r}, must be a folder or a name of timm, such as {known}.')
+    kwargs = {}
     if args.img_size is not None:
         kwargs['img_size'] = tuple(args.img_size) if len(args.img_size) == 2 else args.img_size[0]
-    for option in ('num_classes', 'in_chans'):
-        if getattr(args, option) is not None:
-            kwargs[option] = getattr(args, option)
+    if args.in_chans is not None:
+        kwargs['in_chans'] = args.in_chans
     if args.dynamic_size:
         kwargs['dynamic_img_size'] = True
     if args.features_only:
         kwargs['features_only'] = True
-    if args.checkpoint is None:
-        try:
-            return timm.create_model(name, pretrained=args.pretrained, **kwargs)
-        except elsa_models.WeightsError as e:
-            raise ValueError(f'{e}\nOr, of the options: --checkpoint FILE for weights in a file.') from e
-    if not args.checkpoint.is_file():
-        raise ValueError(f'--checkpoint: got {str(args.checkpoint)!r}, no such file.')
-    overlay = dict(file=str(args.checkpoint))
-    if args.num_classes is not None:
-        overlay.update(num_classes=args.num_classes)  # those of the file, or timm leaves its classifier out
     try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+        return create_named(
+            args.model, args.pretrained, args.checkpoint, args.num_classes, keep_classifier=True, **kwargs)
     except elsa_models.WeightsError as e:
-        raise ValueError(f'--checkpoint: {str(args.checkpoint)!r} cannot be used. {e}') from e
+        if args.checkpoint is not None:
+            raise ValueError(f'--checkpoint: {str(args.checkpoint)!r} cannot be used. {e}') from e
+        raise ValueError(f'{e}\nOr, of the options: --checkpoint FILE for weights in a file.') from e
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('model', metavar='MODEL')
+    parser.add_argument('model', metavar='MODEL', help=HELP)
     parser.add_argument('path', metavar='FILE', type=Path, help='the .onnx file to write')
-    parser.add_argument('--pretrained', action='store_true', help='with its weights; a folder always comes with them')
+    parser.add_argument('--pretrained', action='store_true', help='with its weights; a path always comes with them')
     parser.add_argument('--checkpoint', type=Path, metavar='FILE', help='weights to load, from any training')
     parser.add_argument('--num-classes', type=int)
     parser.add_argument('--in-chans', type=int)

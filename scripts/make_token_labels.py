@@ -14,6 +14,7 @@ from timm.utils import setup_default_logging
 
 import elsa_models  # noqa: F401, registers the models
 from elsa_models.inference import find_device, load_classifier
+from elsa_models.models._naming import HELP
 from elsa_models.training import ImageValues, LabelledImages, RecipeError, load_splits
 from elsa_models.training.token_labels import make_label_maps
 
@@ -23,7 +24,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--data', required=True, help="folder with train and val, or of classes; 'digits'")
-    parser.add_argument('--teacher', required=True, help="timm's name, hf-hub:OWNER/NAME, or local-dir:FOLDER")
+    parser.add_argument('--teacher', required=True, help=HELP)
     parser.add_argument('--checkpoint', metavar='FILE', help="take the teacher's weights in this file")
     parser.add_argument('--output', required=True, metavar='FOLDER', help='folder of the label maps')
     parser.add_argument('--size', type=int, metavar='N', help="side of the maps; the teacher's own if not given")
@@ -40,6 +41,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         images = splits.part('all') if splits.one_source else splits.train
         device = find_device(args.device)
         classifier = load_classifier(args.teacher, device, checkpoint=args.checkpoint)
+        if classifier.model is None:
+            raise RecipeError(f'teacher: got {args.teacher!r}, an ONNX file, must be a model of timm.')
         if classifier.num_classes != len(splits.class_names):
             raise RecipeError(
                 f'teacher: has {classifier.num_classes} classes, must have the {len(splits.class_names)} of the data.')

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Classify images: files, folders or patterns.
 
-    python scripts/predict.py holiday.jpg --model local-dir:output/pictures/model
-    python scripts/predict.py shots/ 'more/**/*.png' --model local-dir:output/pictures/model --output result
+    python scripts/predict.py holiday.jpg --model output/pictures
+    python scripts/predict.py shots/ 'more/**/*.png' --model output/pictures --output result
 
 Prints the likeliest classes of each image. With --output they are kept as predictions.csv or predictions.json, with a
 contact sheet, contact.png, and, for models with local attention, attention.png: where it is sharp and where it spreads.
@@ -23,6 +23,7 @@ import elsa_models  # noqa: F401, registers the models
 from elsa_models._files import write_atomically
 from elsa_models.inference import Answer, classify, figures, find_device, find_images, load_classifier
 from elsa_models.layers import ElsaAttention
+from elsa_models.models._naming import HELP
 
 
 def _as_csv(answers: List[Answer], top_k: int) -> str:
@@ -40,7 +41,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('inputs', nargs='+', metavar='IMAGES', help='image files, folders or patterns')
-    parser.add_argument('--model', required=True, help="timm's name, hf-hub:OWNER/NAME, or local-dir:FOLDER")
+    parser.add_argument('--model', required=True, help=f'{HELP}; or an ONNX file')
     parser.add_argument('--checkpoint', metavar='FILE', help='take the weights in this file')
     parser.add_argument('--onnx', metavar='FILE', help='compute with this ONNX file')
     parser.add_argument('--num-classes', type=int, metavar='N', help="number of classes, where not the model's own")
@@ -76,7 +77,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             readable = [a for a in answers if a.labels]
             if readable:
                 figures.draw_contact_sheet(readable, folder / 'contact.png')
-                if args.onnx is None and any(isinstance(m, ElsaAttention) for m in classifier.model.modules()):
+                modules = [] if args.onnx or classifier.model is None else classifier.model.modules()
+                if any(isinstance(m, ElsaAttention) for m in modules):
                     with torch.no_grad():
                         figures.draw_overlays(classifier, readable, folder / 'attention.png')
     except (ValueError, OSError, ImportError) as e:

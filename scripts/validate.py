@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Measure a classifier: loss, top-1 and top-5 accuracy, images per second.
 
-    python scripts/validate.py --model local-dir:output/digits/model
-    python scripts/validate.py --model local-dir:output/digits/model --onnx output/digits/model.onnx
+    python scripts/validate.py --model output/digits
+    python scripts/validate.py --model output/digits/model.onnx --data digits
     python scripts/validate.py --model elsa_swin_tiny --data IMAGENET
 
-Of a folder without parts train and val the same images are held out as in training; --part all takes every image.
+A model of a run is measured on the run's data by default. Of a folder without parts train and val the same images are
+held out as in training; --part all takes every image.
 """
 import argparse
 import json

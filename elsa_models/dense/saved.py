@@ -34,7 +34,7 @@ def load_model(
     """Load what `save_model` has written.
 
     Args:
-        folder: Folder of the model.
+        folder: Folder of a run, or of its model, with `local-dir:` before it or not.
         task: What 'task' must be in its config.
         build: Makes the model from its config, without weights.
 
@@ -44,7 +44,10 @@ def load_model(
     Raises:
         WeightsError: There is no such model, it is of another task, or files do not fit each other.
     """
-    folder = Path(folder)
+    text = str(folder)
+    folder = Path(text.partition(':')[2] if text.startswith('local-dir:') else text)
+    if (folder / 'model' / _CONFIG).is_file():
+        folder = folder / 'model'
     try:
         config: Optional[Dict[str, Any]] = json.loads((folder / _CONFIG).read_text(encoding='utf-8'))
         found = config.get('task')

@@ -1,10 +1,10 @@
 """A trained classifier at work: from a name or a file, PyTorch or ONNX, to classes."""
+import json
 import logging
 import math
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-import timm
 import torch
 import torch.nn as nn
 from timm.data import create_transform, resolve_input_data_config
@@ -12,20 +12,17 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
 from .._extras import require
-from .._images import DataError, read_image
+from .._images import DataError, denormalise, read_image
 from ..models._checkpoint import WeightsError
+from ..models._naming import ModelError, create_named, find_model
 
 _logger = logging.getLogger(__name__)
-
-
-class ModelError(ValueError):
-    """A model that cannot be had or used, with the name of the value at fault."""
 
 
 class Classifier(NamedTuple):
     """A model and what it needs to be used."""
     logits: Callable[[torch.Tensor], torch.Tensor]  # of images (B, C, H, W), normalised, on `device`
-    model: nn.Module  # in evaluation mode; with an ONNX file it says no more than how images are prepared
+    model: Optional[nn.Module]  # in evaluation mode; with an ONNX file it says how images are prepared, if it is given
     data_config: Dict[str, Any]  # as timm.data.resolve_data_config returns it
     label_names: Optional[List[str]]  # None where they are not known
     num_classes: int
@@ -44,7 +41,7 @@ def load_classifier(
     """Load a classifier.
 
     Args:
-        name: timm's name, `hf-hub:owner/name`, or `local-dir:folder`.
+        name: Which model, see `find_model`.
         device: Where it computes; an ONNX file computes on the CPU.
         images: Ways of preparing images that go before the model's own, see `resolve_images`.
         model_args: Further arguments of the model.
@@ -57,47 +54,68 @@ def load_classifier(
         ModelError: There is no such model, file or weights.
         ImportError: ONNX Runtime is missing.
     """
-    for option, file in (('checkpoint', checkpoint), ('onnx', onnx)):
-        if file is not None and not Path(file).is_file():
-            raise ModelError(f'{option}: got {file!r}, no such file.')
-    overlay = None
-    if checkpoint is not None:
-        overlay = dict(file=checkpoint)
-        if num_classes is not None:
-            overlay.update(num_classes=num_classes)  # those of the file, or timm leaves its classifier out
+    if onnx is None and find_model(name).is_onnx:
+        return _load_onnx(Path(name), images or {})
+    if onnx is not None and not Path(onnx).is_file():
+        raise ModelError(f'onnx: got {onnx!r}, no such file.')
     try:
-        model = timm.create_model(
-            name,
-            pretrained=(pretrained and onnx is None) or checkpoint is not None,
-            pretrained_cfg_overlay=overlay,
-            num_classes=num_classes,
-            **(model_args or {}),
-        )
+        model = create_named(
+            name, pretrained and onnx is None, checkpoint, num_classes, keep_classifier=True, **(model_args or {}))
     except WeightsError as e:
         subject = 'model: ' if checkpoint is None else f'checkpoint: {checkpoint!r} cannot be used. '
         raise ModelError(f'{subject}{e}\nOr name a file of weights: --checkpoint FILE.') from e
-    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
-        raise ModelError(f'model: {name!r} with model_args {model_args or {}} is not possible. {e}') from e
     model = model.to(device).eval()
     names = model.pretrained_cfg.get('label_names')
     names = list(names) if names is not None and len(names) == model.num_classes else None
-    logits = _onnx_logits(onnx) if onnx is not None else model
     data_config = resolve_images(model, **(images or {}))
+    logits = _onnx_logits(Path(onnx), data_config) if onnx is not None else model
     return Classifier(logits, model, data_config, names, model.num_classes)
 
 
-def _onnx_logits(file: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def _load_onnx(file: Path, images: Dict[str, Any]) -> Classifier:
+    """A classifier from an ONNX file of `export_onnx` alone, whose metadata says all that is to be known."""
+    session = _onnx_session(file)
+    described = session.get_modelmeta().custom_metadata_map
+    try:
+        data_config = json.loads(described['data_config'])
+        data_config['input_size'] = (data_config['input_size'][0], *json.loads(described['img_size']))
+        names = json.loads(described.get('label_names', 'null'))
+    except (KeyError, ValueError, TypeError) as e:
+        raise ModelError(
+            f'model: {str(file)!r} does not say how its images are prepared, as files of export_onnx do ({e!r}). Name'
+            f' its model, and give the file as --onnx.') from e
+    data_config.update((k, v) for k, v in images.items() if v is not None)
+    logits = _onnx_logits(file, data_config, session)
+    number = session.get_outputs()[0].shape[-1]
+    return Classifier(logits, None, data_config, names, number)
+
+
+def _onnx_session(file: Path) -> Any:
     onnxruntime = require('onnxruntime', 'onnx')
     try:
-        session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+        return onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     except Exception as e:  # of ONNX Runtime's own classes
-        raise ModelError(f'onnx: {file!r} cannot be read: {e}') from e
+        raise ModelError(f'onnx: {str(file)!r} cannot be read: {e}') from e
+
+
+def _onnx_logits(
+        file: Path,
+        data_config: Dict[str, Any],
+        session: Any = None,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from images (B, C, H, W), normalised, to logits."""
+    session = session or _onnx_session(file)
     inputs = session.get_inputs()[0]
     fixed = inputs.shape[0] if isinstance(inputs.shape[0], int) else None
+    takes_bytes = inputs.type == 'tensor(uint8)'
 
     def logits(images: torch.Tensor) -> torch.Tensor:
         number, size = len(images), fixed or len(images)
-        images = torch.nn.functional.pad(images.cpu(), (0, 0) * 3 + (0, -number % size))
+        images = images.cpu()
+        if takes_bytes:
+            colours = denormalise(images, data_config['mean'], data_config['std'])
+            images = (colours * 255.).round().byte().permute(0, 2, 3, 1).contiguous()
+        images = torch.cat([images, images.new_zeros(-number % size, *images.shape[1:])])
         parts = [session.run(None, {inputs.name: x.numpy()})[0] for x in images.split(size)]
         return torch.cat([torch.from_numpy(part) for part in parts])[:number]
 

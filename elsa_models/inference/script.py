@@ -58,7 +58,7 @@ def predict_script(
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('inputs', nargs='+', metavar='IMAGES', help='image files, folders or patterns')
-    parser.add_argument('--model', required=True, metavar='FOLDER', help='the folder model of a run')
+    parser.add_argument('--model', required=True, metavar='FOLDER', help='folder of a run, or its folder model')
     parser.add_argument('--output', required=True, type=Path, metavar='FOLDER', help='folder for what is written')
     parser.add_argument('--device', default='auto', help='cpu, cuda, ... (%(default)s)')
     add_options(parser)

@@ -1,12 +1,14 @@
 """Measuring a classifier on labelled images."""
+import dataclasses
 import time
 from contextlib import nullcontext
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
-from ..inference.classifier import Classifier, ModelError, color_mode, create_eval_transform, load_classifier
-from .config import Validation
+from ..inference.classifier import Classifier, color_mode, create_eval_transform, load_classifier
+from ..models._naming import ModelError, find_model
+from .config import ImageValues, Recipe, Validation, load_recipe
 from .data import LabelledImages, load_splits
 from .evaluation import create_eval_loader, predict
 from .world import join_world
@@ -25,6 +27,7 @@ def validate(values: Validation) -> Dict[str, Any]:
         ModelError: There is no such model, or it has other classes than the data.
         DataError: The data cannot be used.
     """
+    values = _with_data(values)
     world = join_world(values.device)
     splits = load_splits(values, batch_size=values.batch_size)
     classifier = load_classifier(
@@ -53,6 +56,23 @@ def validate(values: Validation) -> Dict[str, Any]:
     # of a stream nobody knows; counted as they are read, those of a repeated batch would count twice
     metrics['unreadable'] = len(dataset) - metrics['images'] if loader.samples is not None else 0
     return metrics
+
+
+def _with_data(values: Validation) -> Validation:
+    """The values with data: where none is given, those of the run that the model is from, with the same part held out.
+
+    Raises:
+        RecipeError: The run's recipe cannot be read.
+    """
+    if values.data is not None:
+        return values
+    source = find_model(values.model)
+    found = Recipe() if source.run is None else load_recipe(source.run / 'recipe.yaml')
+    prepared = {} if source.checkpoint is not None else ImageValues().preparation()  # a saved model says it itself
+    names = [f.name for f in dataclasses.fields(ImageValues) if f.name not in prepared]
+    default = Validation()
+    return dataclasses.replace(values, **{
+        name: getattr(found, name) for name in names if getattr(values, name) == getattr(default, name)})
 
 
 def _class_order(classifier: Classifier, class_names: Sequence[str]) -> Optional[List[int]]:

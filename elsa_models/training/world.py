@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 
-from ..inference.classifier import ModelError, find_device
+from ..inference.classifier import find_device
+from ..models._naming import ModelError
 from .config import RecipeError
 
 

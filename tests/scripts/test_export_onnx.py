@@ -86,10 +86,10 @@ def test_missing_weights_name_the_option(main, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['elsa_swim', 'x.onnx'], "MODEL: got 'elsa_swim', must be a folder or a name of timm, such as elsa_"),
-    (['tests/absent', 'x.onnx'], "MODEL: got 'tests/absent', which holds no config.json"),
+    (['elsa_swim', 'x.onnx'], "model: got 'elsa_swim', must be a name of timm, "),
+    (['tests/absent', 'x.onnx'], "model: got 'tests/absent', no such file or folder."),
     (['test_elsa_swin', 'absent/x.onnx'], "path: got 'absent/x.onnx', its folder does not exist"),
-    (['test_elsa_swin', 'x.onnx', '--checkpoint', 'absent.pth'], "--checkpoint: got 'absent.pth', no such file."),
+    (['test_elsa_swin', 'x.onnx', '--checkpoint', 'absent.pth'], "checkpoint: got 'absent.pth', no such file."),
     (['test_elsa_swin', 'x.onnx', '--opset', '12'], 'opset: got 12, must be 20 to'),
     (['test_elsa_swin', 'x.onnx', '--precision', 'int8'], 'images: got None'),
 ])

@@ -57,6 +57,35 @@ def test_same_numbers_as_in_training_from_folder_checkpoint_and_onnx(tmp_path, t
     assert again['top1'] == expected['top1'] and again['loss'] == pytest.approx(expected['loss'], rel=1e-5)
 
 
+@pytest.mark.parametrize('name', [
+    '', 'model', 'model/model.safetensors', 'model.onnx', 'checkpoints/best.pt', 'local-dir:model'])
+def test_one_way_to_name_a_model(tmp_path, trained, name, capsys):
+    """By its path, whatever is named, with the data of its run."""
+    prefix, _, path = name.rpartition(':')
+    model = f'{prefix}:{trained.folder / path}' if prefix else trained.folder / path
+    file = tmp_path / 'numbers.json'
+    arguments = ['--data', 'digits', '--limit', '20'] if name == 'model.onnx' else []
+    assert validate(['--model', str(model), *arguments, '--output', str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found['images'] == trained.metrics['val_images'] == 50 and found['top1'] == trained.metrics['val_top1']
+    images = trained.folder.parent / 'images'
+    capsys.readouterr()
+    assert predict([str(images), '--model', str(model), '--output', str(tmp_path / 'out')]) == 0
+    assert (tmp_path / 'out' / 'attention.png').exists() == (name != 'model.onnx')
+
+
+@pytest.mark.parametrize('model, message', [
+    ('test_elsa_swim', 'Near are test_elsa_swin'), ('no/such', "got 'no/such', no such file or folder"),
+    ('.', 'holds no config.json'), (__file__, 'nothing says what model it is of'),
+])
+def test_model_that_is_none(model, message, tmp_path, capsys, monkeypatch):
+    Image.new('RGB', (9, 9)).save(tmp_path / 'x.png')
+    monkeypatch.chdir(tmp_path)
+    assert predict([str(tmp_path / 'x.png'), '--model', model]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: model: ') and message in error
+
+
 def test_parts(tmp_path, trained):
     model = ('--model', f'local-dir:{trained.folder / "model"}')
     parts = {part: _measure(tmp_path, *model, '--part', part) for part in ('train', 'val', 'all')}

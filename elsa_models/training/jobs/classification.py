@@ -3,7 +3,7 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Tuple, Union
 
 import timm
 import torch
@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 from ..._images import denormalise, normalise
 from ...export import export_onnx
 from ...inference import figures
-from ...inference.classifier import ModelError, color_mode, create_eval_transform, normalised, resolve_images
+from ...inference.classifier import color_mode, create_eval_transform, normalised, resolve_images
 from ...layers import ElsaAttention
 from ...models import TokenLabelModel
 from ...models._checkpoint import WeightsError, read_checkpoint, unwrap
+from ...models._naming import ModelError, create_named, find_model
 from ...models._saving import save_folder
 from ...models._warm_start import warm_start
 from ...models.elsa_swin import is_authors
@@ -195,8 +196,10 @@ class ClassificationJob(Job):
     def whole_model(self) -> nn.Module:
         """A model as that of the recipe, without weights."""
         recipe = self.recipe
+        source = find_model(recipe.model)
+        arguments = {**source.model_args, **recipe.model_args}
         return timm.create_model(
-            recipe.model, num_classes=len(self.splits.class_names), **recipe.model_args).to(self.world.device)
+            source.name, num_classes=len(self.splits.class_names), **arguments).to(self.world.device)
 
     def finish(self, model: nn.Module, folder: Path, history: List[Dict[str, float]]) -> None:
         """Save the model, export it, draw what it has learned."""
@@ -235,23 +238,13 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     derived = {'num_classes', 'pretrained', 'checkpoint_path', 'features_only'} & recipe.model_args.keys()
     if derived:
         raise RecipeError(f'model_args: {min(derived)!r} is not to be given; it follows from the data and the recipe.')
-    overlay: Optional[Dict[str, Any]] = None
-    if recipe.checkpoint is not None:
-        if not Path(recipe.checkpoint).is_file():
-            raise RecipeError(f'checkpoint: got {recipe.checkpoint!r}, no such file.')
-        overlay = dict(file=recipe.checkpoint)
     try:
-        model = timm.create_model(
-            recipe.model,
-            pretrained=recipe.pretrained or overlay is not None,
-            pretrained_cfg_overlay=overlay,
-            num_classes=num_classes,
-            **recipe.model_args,
-        )
+        model = create_named(
+            recipe.model, recipe.pretrained, recipe.checkpoint, num_classes=num_classes, **recipe.model_args)
+    except ModelError as e:
+        raise RecipeError(str(e)) from e
     except WeightsError as e:
         raise weights_error(e, recipe.pretrained, recipe.checkpoint) from e
-    except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
-        raise RecipeError(f'model: {recipe.model!r} with model_args {recipe.model_args} is not possible. {e}') from e
     if recipe.warm_start is not None:
         try:
             _logger.info('%s', warm_start(model, recipe.warm_start))

@@ -1,7 +1,8 @@
 """What jobs of dense prediction share: the backbone of a recipe, the task, and batches of evaluation."""
 import dataclasses
+import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ...dense.features import DenseBackbone
 from ...models._checkpoint import WeightsError
+from ...models._naming import ModelError, find_model
 from ..config import BaseRecipe, RecipeError, name_of_data, value, weights_error
 from ..loading import EvalLoader
 from ..world import World
@@ -47,21 +49,52 @@ def create_backbone(recipe: DenseRecipe) -> DenseBackbone:
         raise RecipeError('layer_decay: must be none; it is for classifiers.')
     if recipe.fsdp:  # processes evaluate images of their own sizes, not all as many, and would wait for each other
         raise RecipeError('fsdp: must be false; it is for classifiers. grad_checkpointing takes less memory, too.')
-    if ':' in recipe.model:
-        raise RecipeError(f'model: got {recipe.model!r}, must be a name of timm; give weights in a file as checkpoint.')
     if len(recipe.mean) != 3 or len(recipe.std) != 3:
         raise RecipeError('mean, std: must be three numbers each.')
     if recipe.checkpoint is not None and not Path(recipe.checkpoint).is_file():
         raise RecipeError(f'checkpoint: got {recipe.checkpoint!r}, no such file.')
+    name, model_args, checkpoint = _architecture(recipe)
     try:
         return DenseBackbone(
-            recipe.model, recipe.pretrained, recipe.checkpoint, recipe.warm_start, model_args=recipe.model_args)
+            name, recipe.pretrained and checkpoint is None, checkpoint, recipe.warm_start, model_args=model_args)
     except WeightsError as e:
         if recipe.warm_start is not None:
             raise RecipeError(f'warm_start: {recipe.warm_start!r} is not possible. {e}') from e
         raise weights_error(e, recipe.pretrained, recipe.checkpoint) from e
     except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
         raise RecipeError(f'model: {recipe.model!r} with model_args {recipe.model_args} is not possible. {e}') from e
+
+
+def _architecture(recipe: DenseRecipe) -> Tuple[str, Dict[str, Any], Optional[str]]:
+    """A name that timm knows, arguments, and a file of weights, of whatever a recipe names as its model.
+
+    Raises:
+        RecipeError: It is none of a classifier.
+    """
+    try:
+        source = find_model(recipe.model)
+        if source.path is None:
+            return recipe.model, recipe.model_args, recipe.checkpoint
+        if source.is_onnx:
+            raise ModelError(f'model: got {recipe.model!r}, an ONNX file, which cannot be trained.')
+    except ModelError as e:
+        raise RecipeError(str(e)) from e
+    if source.checkpoint is not None:
+        return source.name, {**source.model_args, **recipe.model_args}, recipe.checkpoint or str(source.checkpoint)
+    folder = Path(source.name.partition(':')[2])
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        arguments = {k: v for k, v in config.get('model_args', {}).items() if k not in ('img_size', 'num_classes')}
+        return config['architecture'], {**arguments, **recipe.model_args}, (
+            recipe.checkpoint or str(folder / 'model.safetensors'))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise RecipeError(f'model: {recipe.model!r} is no classifier that timm has saved ({e!r}).') from e
+
+
+def model_config(recipe: DenseRecipe, names: Tuple[str, ...]) -> Dict[str, Any]:
+    """What builds a recipe's model again: its backbone and the values of these names."""
+    model, model_args, _ = _architecture(recipe)
+    return dict(model=model, model_args=model_args, **{name: getattr(recipe, name) for name in names})
 
 
 class DenseTask(ClassificationTask):

@@ -19,7 +19,7 @@ from ..config import RecipeError, value
 from ..job import Job
 from ..loading import TrainLoader
 from ..world import World
-from .dense import MODEL, PREDICTIONS, DenseRecipe, DenseTask, create_backbone, eval_batches
+from .dense import MODEL, PREDICTIONS, DenseRecipe, DenseTask, create_backbone, eval_batches, model_config
 
 _logger = logging.getLogger(__name__)
 
@@ -117,10 +117,9 @@ class DetectionJob(Job):
         if recipe.crop_range[0] > recipe.crop_range[1]:
             raise RecipeError(f'crop_range: got {recipe.crop_range}, must be the lower and the upper end.')
         self.train_images.transform = train_transform(recipe)
-        self.config = {
-            name: getattr(recipe, name) for name in (
-                'model', 'model_args', 'detector', 'detector_args', 'anchor_sizes', 'fpn_channels', 'head_channels',
-                'eval_short_side', 'max_side', 'mean', 'std')}
+        self.config = model_config(recipe, (
+            'detector', 'detector_args', 'anchor_sizes', 'fpn_channels', 'head_channels', 'eval_short_side', 'max_side',
+            'mean', 'std'))
         self.config.update(task=TASK, class_names=self.class_names)
         backbone = create_backbone(recipe)
         try:

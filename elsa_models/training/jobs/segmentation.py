@@ -19,7 +19,7 @@ from ..config import RecipeError, value
 from ..job import Job
 from ..loading import TrainLoader
 from ..world import World
-from .dense import MODEL, PREDICTIONS, DenseRecipe, DenseTask, create_backbone, eval_batches
+from .dense import MODEL, PREDICTIONS, DenseRecipe, DenseTask, create_backbone, eval_batches, model_config
 
 _logger = logging.getLogger(__name__)
 
@@ -98,10 +98,9 @@ class SegmentationJob(Job):
         missing = (torch.zeros(3, 32, 32, dtype=torch.uint8), torch.full((32, 32), IGNORE))
         self._eval_loader = eval_batches(self.splits.val, world, missing, recipe.workers)
         self.task = DenseTask(model.to(world.device), self._loss, world.device)
-        self.config = {
-            name: getattr(recipe, name) for name in (
-                'model', 'model_args', 'decoder', 'decoder_args', 'aux_channels', 'mean', 'std', 'eval_short_side',
-                'eval_window', 'eval_scales', 'eval_flip')}
+        self.config = model_config(recipe, (
+            'decoder', 'decoder_args', 'aux_channels', 'mean', 'std', 'eval_short_side', 'eval_window', 'eval_scales',
+            'eval_flip'))
         self.config.update(task=TASK, class_names=self.splits.class_names)
         if world.is_main:
             _logger.info(
