@@ -339,7 +339,7 @@ def test_folder_of_the_data_is_not_overwritten(tmp_path, image_folder):
 
 @pytest.mark.parametrize('values, message', [
     (dict(model='no_such_model'), 'no_such_model'),
-    (dict(model='models/mine'), 'local-dir:'),
+    (dict(model='models/mine'), 'no such file or folder'),
     (dict(model_args={'kernal_size': 3}), 'kernal_size'),
     (dict(model_args={'kernel_size': 4}), 'kernel_size: got 4'),
     (dict(model_args={'num_classes': 4}), "'num_classes' is not to be given"),
