@@ -1,6 +1,8 @@
 from ._family import Family, families, family_of, register_family
 from ._token_labels import TokenLabelModel, TokenLabelOutput, token_label_loss
 from ._warm_start import WarmStartReport, warm_start
+from .axial_resnet import AxialResNet
 from .elsa_swin import ElsaSwin
 from .elsa_volo import ElsaVolo
+from .gsa_resnet import GsaResNet
 from .refiner_vit import RefinerVit

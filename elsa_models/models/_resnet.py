@@ -3,7 +3,7 @@
 Names of parameters and everything after construction (features, pruning, classifier, checkpointing) are ByobNet's.
 What ByobNet does not do is done here: maps of odd sizes, sizes that follow the images, mixers of maps (B, H, W, C).
 """
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,7 @@ from timm.models.byobnet import BottleneckBlock, ByobNet, LayerFn, Stem
 
 from ..layers.arguments import pair, whole_number
 from ..layers.sizes import sizes_are_open
+from ._checkpoint import WeightsError
 
 _MIN_SIZE = 32  # in pixels: one of the last stage
 _STAGE_STRIDES = (1, 2, 2, 2)
@@ -43,6 +44,24 @@ def check_image_size(x: torch.Tensor) -> None:
 
 
 torch.fx.wrap('check_image_size')
+
+
+def count_batches(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Add the batches that norms have counted, none, to a state dict that leaves them out."""
+    counts = {k: torch.zeros((), dtype=torch.long) for k in model.state_dict() if k.endswith('.num_batches_tracked')}
+    return {**counts, **state_dict}
+
+
+def check_table(name: str, table: torch.Tensor, num_distances: int) -> None:
+    """Require that a checkpoint's table of positions has as many distances to either side.
+
+    Raises:
+        WeightsError: It has an even number of distances, or is no matrix.
+    """
+    if table.dim() != 2 or num_distances % 2 == 0:
+        raise WeightsError(
+            f'{name}: got shape {tuple(table.shape)}, must be a table of an odd number of distances, 2 * L - 1 for '
+            f'maps of L pixels.')
 
 
 class StemConv(ConvNormAct):
