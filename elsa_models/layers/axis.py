@@ -32,7 +32,7 @@ def fit_table(table: torch.Tensor, length: int, beyond: str, keep_sums: bool = F
         weight = (place - low * longest).to(table.dtype) / longest
         out = torch.lerp(table.index_select(-1, low), table.index_select(-1, high), weight)
         if keep_sums:
-            out = out * ((last + 1) / (longest + 1)).to(table.dtype)
+            out = out * ((last + 1) / (longest + 1).to(table.dtype))
         return out
     out = table.index_select(-1, (distances + last).clamp(min=0, max=2 * last))
     if beyond == 'zero':

@@ -26,7 +26,7 @@ _DEPTHS = ('depth', 'depths', 'layers', 'num_class_blocks')  # arguments that ar
 _SNIFFED = 512  # bytes
 _MAX_NAMES = 12  # listed in one message
 _MAX_CHARS = 100
-_WRAPPERS = ('state_dict', 'model')  # where training checkpoints keep their weights
+_WRAPPERS = ('state_dict', 'model', 'net')  # where training checkpoints keep their weights
 
 
 class WeightsError(RuntimeError):
@@ -86,6 +86,8 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, t
         state_dict = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
     except Exception as e:  # damaged files raise errors of many types
         raise WeightsError(f'checkpoint {str(path)!r}: {_why_unreadable(path, e)}') from None
+    if isinstance(state_dict.get('net'), dict):  # a wrapper that timm does not know
+        state_dict = unwrap(state_dict)
     if not state_dict or not all(isinstance(x, torch.Tensor) for x in state_dict.values()):
         strange = [k for k, x in state_dict.items() if not isinstance(x, torch.Tensor)]
         raise WeightsError(

@@ -193,6 +193,9 @@ class MixerResNet(ByobNet):
         dd = {'device': device, 'dtype': dtype}
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride: got {output_stride!r}, must be 8, 16 or 32.')
+        depths = [len(stage) for stage in mixers]
+        if len(depths) != len(_STAGE_STRIDES) or 0 in depths:
+            raise ValueError(f'depths: got {tuple(depths)}, must be at least one block in each of 4 stages.')
         if len(widths) != len(_STAGE_STRIDES):
             raise ValueError(f'widths: got {len(widths)} values, must be one for each of 4 stages.')
         self.num_classes = num_classes
@@ -211,7 +214,6 @@ class MixerResNet(ByobNet):
         layers = LayerFn(conv_norm_act=StemConv)
         self.stem = Stem(in_chans, stem_width, 7, pool='maxpool', num_rep=1, layers=layers, **dd)
         self.feature_info = [dict(num_chs=stem_width, reduction=2, module='stem.conv1', stage=0)]
-        depths = [len(stage) for stage in mixers]
         drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         in_chs, reduction, stages = stem_width, 4, []
         sizes = self._feat_sizes(self.img_size, depths)

@@ -70,6 +70,8 @@ class AxialResNet(MixerResNet):
         Raises:
             ValueError: An argument is none of those above.
         """
+        if not width_factor > 0:
+            raise ValueError(f'width_factor: got {width_factor!r}, must be positive.')
         mixer = partial(AxialAttention, num_heads=num_heads, pool=pool, table_length=table_length, beyond=beyond)
         super().__init__(
             mixers=[(mixer,) * depth for depth in depths],

@@ -1,7 +1,7 @@
 """GSA-ResNet
 
-A PyTorch impl of `Global Self-Attention Networks for Image Recognition` - https://arxiv.org/abs/2010.03019: ResNets whose
-3x3 convolutions are global self-attention in linear time. Written from the paper. No weights were ever released.
+A PyTorch impl of `Global Self-Attention Networks for Image Recognition` - https://arxiv.org/abs/2010.03019: ResNets
+whose 3x3 convolutions are global self-attention in linear time. Written from the paper. No weights were ever released.
 """
 import re
 from functools import partial

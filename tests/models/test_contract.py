@@ -23,6 +23,7 @@ from helpers import DATA, assert_near, max_error
 from timm import create_model
 from timm.models import group_parameters, model_entrypoint, save_for_hf
 from timm.models._features_fx import GraphExtractNet, get_graph_node_names
+from timm.models._input import get_model_input_config
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import elsa_models
@@ -85,10 +86,22 @@ def randomise(model):
     with torch.no_grad():
         for p in model.parameters():
             p.add_((.3 if p.dim() == 1 else .08) * torch.randn_like(p))
-        for module in model.modules():
-            if getattr(module, 'running_var', None) is not None:
-                module.running_mean.normal_(std=.1)
-                module.running_var.uniform_(.5, 1.5)
+        norms = [m for m in model.modules() if getattr(m, 'running_var', None) is not None]
+        if norms:
+            # about those of these weights: where attention has no softmax, nothing else bounds the output
+            momenta = [norm.momentum for norm in norms]
+            for norm in norms:
+                norm.momentum = 1.
+            config = get_model_input_config(model)
+            channels, *size = config['input_size']
+            if not config['fixed_input_size']:
+                size = [min(s, LARGEST) for s in size]
+            model.train()(torch.randn(8, channels, *size))
+            model.eval()
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
+                norm.running_mean.add_(.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean))
+                norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(.8, 1.25))
     return model
 
 

@@ -35,10 +35,26 @@ def _weights(
         rel_query: torch.Tensor,
         rel_key: torch.Tensor,
 ) -> torch.Tensor:
+    # q, k: S, num_heads, L, channels; rel_*: num_heads, channels, query, key
     logits = q @ (k * qk_scale.to(k.dtype).view(-1, 1, 1)).transpose(-2, -1)  # S, num_heads, query, key
     logits = logits + torch.einsum('snqc,ncqk->snqk', q, rel_query)
     logits = logits + torch.einsum('snkc,ncqk->snqk', k, rel_key)
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(q.dtype)
+
+
+def axis_weights(
+        qkv: torch.Tensor,
+        num_heads: int,
+        qk_scale: torch.Tensor,
+        rel_query: torch.Tensor,
+        rel_key: torch.Tensor,
+        beyond: str,
+) -> torch.Tensor:
+    """The weights (S, num_heads, L, L) of `attend_axis` by query and key."""
+    q, k, _ = _heads(qkv, num_heads)
+    rel_query = by_pair(fit_table(rel_query, qkv.shape[1], beyond)).to(qkv.dtype)
+    rel_key = by_pair(fit_table(rel_key, qkv.shape[1], beyond)).to(qkv.dtype)
+    return _weights(q, k, qk_scale, rel_query, rel_key)
 
 
 def _attend(
@@ -110,6 +126,23 @@ def _scale_shift(
     return scale, bias - mean * scale
 
 
+def _to_images(x: torch.Tensor) -> torch.Tensor:
+    """(S, L, C) as (S, C, L, 1), channels last in memory, for batch norms."""
+    return x.transpose(1, 2).unsqueeze(3)
+
+
+def _to_lines(x: torch.Tensor) -> torch.Tensor:
+    return x.squeeze(3).transpose(1, 2)
+
+
+def _set_length(layer: nn.Module, length: int) -> None:
+    for name in ('rel_query', 'rel_key', 'rel_value'):
+        table = getattr(layer, name)
+        if table.shape[-1] != 2 * length - 1:
+            fitted = fit_table(table.detach(), length, layer.beyond).clone()
+            setattr(layer, name, nn.Parameter(fitted, requires_grad=table.requires_grad))
+
+
 class AxialLayer(nn.Module):
     """Attention along one axis, on lines (S, L, C) (paper, equation 4).
 
@@ -177,11 +210,7 @@ class AxialLayer(nn.Module):
     @torch.jit.ignore
     def set_length(self, length: int) -> None:
         """Let the tables cover lines of another length."""
-        for name in ('rel_query', 'rel_key', 'rel_value'):
-            table = getattr(self, name)
-            if table.shape[1] != 2 * length - 1:
-                fitted = fit_table(table.detach(), length, self.beyond).clone()
-                setattr(self, name, nn.Parameter(fitted, requires_grad=table.requires_grad))
+        _set_length(self, length)
 
     def fold(self) -> _Folded:
         """Weight and bias of the projection, then `attend_axis`'s factor and tables, with all norms in them.
@@ -222,30 +251,30 @@ class AxialLayer(nn.Module):
         x = F.linear(x, weight, bias)
         return attend_axis(x, self.num_heads, qk_scale, rel_query, rel_key, rel_value, self.beyond)
 
-    def logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Logits (S, num_heads, L, L) by query and key from (S, num_heads, L, channels)."""
-        length = q.shape[2]
-        rel_query = by_pair(fit_table(self.rel_query, length, self.beyond))
-        rel_key = by_pair(fit_table(self.rel_key, length, self.beyond))
-        qk = q @ k.transpose(-2, -1)
-        qr = torch.einsum('snqc,cqk->snqk', q, rel_query)
-        kr = torch.einsum('snkc,cqk->snqk', k, rel_key)
-        # statistics of all pairs of pixels: float32 under autocast
-        dtype = self.bn_qk.weight.dtype
-        return self.bn_qk(qk.to(dtype)) + self.bn_qr(qr.to(dtype)) + self.bn_kr(kr.to(dtype))
-
     def forward_unfolded(self, x: torch.Tensor) -> torch.Tensor:
         """The same, norm by norm, as for training."""
-        dtype = self.bn_qkv.weight.dtype
-        x = self.qkv(x).to(dtype)
-        x = self.bn_qkv(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
+        length = x.shape[1]
+        rel_query = by_pair(fit_table(self.rel_query, length, self.beyond))
+        rel_key = by_pair(fit_table(self.rel_key, length, self.beyond))
+        rel_value = by_pair(fit_table(self.rel_value, length, self.beyond))
+        dtype = self.bn_qkv.weight.dtype  # float32 under autocast: statistics are of many pairs of pixels
+        x = _to_lines(self.bn_qkv(_to_images(self.qkv(x).to(dtype))))
         q, k, v = _heads(x, self.num_heads)
-        attn = self.logits(q, k).softmax(dim=-1)
-        rel_value = by_pair(fit_table(self.rel_value, x.shape[1], self.beyond))
-        content = (attn @ v).transpose(1, 2).flatten(2).to(dtype)  # S, L, dim
-        position = torch.einsum('snqk,cqk->sqnc', attn, rel_value).flatten(2).to(dtype)
-        x = self.bn_content(content.transpose(1, 2).unsqueeze(3)) + self.bn_position(position.transpose(1, 2).unsqueeze(3))
-        return x.squeeze(3).transpose(1, 2)
+        qk = q @ k.transpose(-2, -1)  # S, num_heads, query, key
+        qr = torch.einsum('snqc,cqk->snqk', q, rel_query)
+        kr = torch.einsum('snkc,cqk->snqk', k, rel_key)
+        logits = self.bn_qk(qk.to(dtype)) + self.bn_qr(qr.to(dtype)) + self.bn_kr(kr.to(dtype))
+        attn = logits.softmax(dim=-1)
+        content = (attn @ v).transpose(1, 2).flatten(2)  # S, L, dim
+        position = torch.einsum('snqk,cqk->sqnc', attn, rel_value).flatten(2)
+        x = self.bn_content(_to_images(content.to(dtype))) + self.bn_position(_to_images(position.to(dtype)))
+        return _to_lines(x)
+
+    @torch.jit.ignore
+    def attention_map(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights (S, num_heads, L, L) by query and key, of lines (S, L, in_dim), as in evaluation."""
+        weight, bias, qk_scale, rel_query, rel_key, _ = self.fold()
+        return axis_weights(F.linear(x, weight, bias), self.num_heads, qk_scale, rel_query, rel_key, self.beyond)
 
 
 class FoldedAxialLayer(nn.Module):
@@ -268,6 +297,17 @@ class FoldedAxialLayer(nn.Module):
         self.rel_query = nn.Parameter(rel_query)
         self.rel_key = nn.Parameter(rel_key)
         self.rel_value = nn.Parameter(rel_value)
+
+    @torch.jit.ignore
+    def set_length(self, length: int) -> None:
+        """Let the tables cover lines of another length."""
+        _set_length(self, length)
+
+    @torch.jit.ignore
+    def attention_map(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights (S, num_heads, L, L) by query and key, of lines (S, L, in_dim)."""
+        return axis_weights(
+            self.qkv(x), self.num_heads, self.qk_scale, self.rel_query, self.rel_key, self.beyond)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map lines (S, L, in_dim) to (S, L, dim)."""

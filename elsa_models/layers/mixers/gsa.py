@@ -38,7 +38,7 @@ def attend_content(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads:
         (B, H, W, C), computed as the arguments come even under autocast.
     """
     if not torch.jit.is_scripting():
-        if torch.is_autocast_enabled(q.device.type):
+        if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):
                 return _attend_content(q, k, v, num_heads)
     return _attend_content(q, k, v, num_heads)
@@ -79,7 +79,7 @@ def attend_rows(q: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, num_heads: 
         (B, H, W, C), computed as the arguments come even under autocast.
     """
     if not torch.jit.is_scripting():
-        if torch.is_autocast_enabled(q.device.type):
+        if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
             with torch.autocast(q.device.type, enabled=False):
                 return _attend_rows(q, v, rel, num_heads)
     return _attend_rows(q, v, rel, num_heads)
