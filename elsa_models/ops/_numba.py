@@ -1,35 +1,137 @@
-"""What operators compiled by Numba share: what they refuse, types of vectors, calls of kernels.
+"""What operators compiled by Numba share: whether Numba works here, compilation, types of vectors, calls of kernels.
 
-Importing this module needs no Numba.
+Importing this module needs no Numba; the first question whether it serves imports it.
+
+Kernels do not run on Numba's threads but on those of `_threads.py`: Numba's OpenMP changes PyTorch's number of
+threads and kills forked children, and its own pool ends the process where two threads call at once.
 """
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
+import inspect
+import logging
 import os
 import threading
-from typing import Callable, Iterator, Optional, Tuple
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 
+from . import _threads
+
+_logger = logging.getLogger(__name__)
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MISSING = None if importlib.util.find_spec('numba') else 'Numba is not installed (the extra `cpu`)'
-_SERIAL_PRODUCTS = 1 << 15  # fewer than these are done before another thread has woken
+_PRODUCTS_PER_THREAD = 1 << 18  # fewer are done before another thread has woken
 _WIDTHS = (32, 16, 12, 8, 4, 2, 1)  # of vectors, the first for CPUs with AVX-512
 
-_lock = threading.Lock()
-_parallel_pid: Optional[int] = None
+_compiling = threading.RLock()
+_compiled: Dict[Tuple, Callable] = {}
+
+if hasattr(os, 'register_at_fork'):  # a child of a process that is compiling would wait for ever
+    os.register_at_fork(
+        before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release)
 
 
 def refuse(value: torch.Tensor) -> Optional[str]:
     """Why kernels of Numba do not take `value`; None where they do."""
-    if _MISSING is not None:
-        return _MISSING
     if value.device.type != 'cpu':
         return f'value is on {value.device}, not on a CPU'
     if value.dtype not in _DTYPES:
         return f'value has dtype {value.dtype}'
+    return why_not()
+
+
+@torch.compiler.assume_constant_result  # a property of the machine, not of the graph
+def why_not() -> Optional[str]:
+    """Why Numba cannot be used in this process; None where it can. Found out once, and said once."""
+    with _compiling:
+        return _try_once()
+
+
+@functools.cache
+def _try_once() -> Optional[str]:
+    if importlib.util.find_spec('numba') is None:
+        return 'Numba is not installed (the extra `cpu`)'
+    try:
+        import numba
+        if numba.config.DISABLE_JIT:
+            raise RuntimeError('NUMBA_DISABLE_JIT is set')
+        _probe()
+    except Exception as error:  # whatever a broken installation raises: PyTorch alone can serve
+        reason = f'Numba is installed but does not work: {type(error).__name__}: {error}'
+        _logger.warning('%s. PyTorch alone computes on CPUs, which is slower.', reason)
+        return reason
     return None
+
+
+def _probe() -> None:
+    from numba import types
+
+    from ._simd import Vector
+    numbers = (ctypes.c_float * 8)(*range(8))
+    arguments = Vector(types.float32, 8), ctypes.addressof(numbers), 8
+    _entry_point(f'{__package__}._numba_probe', 'double', arguments)(*arguments)
+    if list(numbers) != [2. * k for k in range(8)]:
+        raise RuntimeError(f'twice 0 to 7 is {list(numbers)}')
+
+
+def run(kernels: str, kernel: str, products: int, vec: Any, lanes: Any, tasks: int, *args: Any) -> None:
+    """Call a kernel with tensors as addresses, on as many threads as PyTorch has.
+
+    The kernel gets `vec`, `lanes`, the address of a counter, `tasks` and `args`. It claims tasks from the counter
+    (`_simd.claim`) until it has got `tasks` or more. As any thread may take any task, each must write to places of its
+    own.
+
+    Args:
+        kernels: Name of the module that has the kernel.
+        kernel: Name of the kernel.
+        products: Multiply-accumulates of the call: few are done by one thread.
+        vec: Type of the vectors of channels.
+        lanes: Type of the vectors of taps.
+        tasks: Number of tasks.
+        args: Ints, bools, None and tensors.
+    """
+    counter = ctypes.c_int64(0)
+    arguments = (
+        vec, lanes, ctypes.addressof(counter), tasks,
+        *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args))
+    call = functools.partial(_entry_point(kernels, kernel, arguments), *arguments)
+    _threads.share(call, min(torch.get_num_threads(), tasks, 1 + products // _PRODUCTS_PER_THREAD))
+
+
+def _entry_point(kernels: str, kernel: str, arguments: Tuple) -> Callable:
+    """The code of a kernel for arguments of these types: Numba would look at each of them again at every call."""
+    kinds = tuple(x if _is_vector(x) else type(x) for x in arguments)
+    key = kernels, kernel, kinds
+    code = _compiled.get(key)
+    if code is None:
+        with _compiling:
+            code = _compiled[key] = _compile(importlib.import_module(kernels), kernel, kinds)
+    return code
+
+
+def _is_vector(x: Any) -> bool:
+    return not isinstance(x, (int, bool, type(None)))
+
+
+def _compile(module: ModuleType, kernel: str, kinds: Tuple) -> Callable:
+    from numba import typeof, types
+
+    from ._numba_cache import KernelCache
+    known = {int: types.int64, bool: types.boolean, type(None): types.none}
+    dispatcher = getattr(module, kernel)
+    dispatcher._cache = KernelCache(dispatcher.py_func, _sources(module))
+    return dispatcher.compile(tuple(known[k] if k in known else typeof(k) for k in kinds))
+
+
+def _sources(module: ModuleType) -> Tuple[Path, ...]:
+    """Files that the code of a module of kernels comes from: its own and all of ours that it may call."""
+    here = Path(__file__).parent
+    return (Path(inspect.getfile(module)), *sorted(here.glob('_*.py')), *sorted(here.glob('*/numba_kernels.py')))
 
 
 @contextlib.contextmanager
@@ -66,42 +168,3 @@ def _widest() -> int:
     """The width of vectors of which registers hold four pixels: those of AVX-512 are twice as wide and as many."""
     from llvmlite.binding import get_host_cpu_features
     return 32 if get_host_cpu_features().get('avx512f') else 16
-
-
-def run(kernels: str, kernel: str, products: int, *args) -> None:
-    """Call a kernel with tensors as addresses, on as many threads as PyTorch has.
-
-    Args:
-        kernels: Name of the module that has the kernel.
-        kernel: Name of the kernel.
-        products: Multiply-accumulates of the call: few are done by one thread.
-        args: The kernel's arguments: first two types of vector, then the range of its tasks, then ints, bools, None
-            and tensors.
-    """
-    global _parallel_pid
-    import numba
-    addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
-    kinds = tuple(map(type, addresses[2:]))
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    forked = _parallel_pid not in (None, os.getpid())  # the threads stayed with the parent
-    if threads == 1 or forked or products < _SERIAL_PRODUCTS:
-        _entry_point(kernels, kernel, *addresses[:2], kinds)(*addresses)
-        return
-    with _lock:  # Numba's simplest pool of threads serves one caller at a time
-        _parallel_pid = os.getpid()  # before the threads, which loading starts
-        run = _entry_point(kernels, f'{kernel}_parallel', *addresses[:2], kinds)
-        former = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        try:
-            run(*addresses)
-        finally:
-            numba.set_num_threads(former)
-
-
-@functools.cache
-def _entry_point(kernels: str, kernel: str, vec, lanes, kinds: Tuple[type, ...]) -> Callable:
-    """The code of a kernel for arguments of these types: Numba would look at each of them again at every call."""
-    from numba import typeof, types
-    known = {int: types.int64, bool: types.boolean, type(None): types.none, tuple: types.UniTuple(types.int64, 2)}
-    function = getattr(importlib.import_module(kernels), kernel)
-    return function.compile((typeof(vec), typeof(lanes), *(known[k] for k in kinds)))

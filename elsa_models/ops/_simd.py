@@ -79,6 +79,16 @@ def put(typingctx, address, index, scalar):
 
 
 @intrinsic
+def claim(typingctx, address):
+    """Add one to the 64-bit integer at `address` and return what it was; no two threads get the same."""
+    def lower(context, builder, signature, args):
+        counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw('add', counter, ir.Constant(ir.IntType(64), 1), 'monotonic')
+
+    return types.int64(types.intp), lower
+
+
+@intrinsic
 def fetch(typingctx, address):
     """Bring the cache line at `address` nearer; it may lie anywhere."""
     def lower(context, builder, signature, args):

@@ -1,10 +1,8 @@
 """What the Numba backend adds to the suite that every backend passes: threads, processes, memory, its own exp."""
-import concurrent.futures
 import importlib.util
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -89,57 +87,12 @@ def test_chunks_of_samples_and_blocks_of_rows(dtype, tolerance, widest, monkeypa
 def test_the_number_of_threads_changes_nothing(threads):
     tensors = _draw(B=5, H=15, W=9, C=64)
     results = []
-    for n in (1, 2, 3):
+    for n in (1, 2, 3, 8):
         threads(n)
         results.append(_all(numba_cpu, tensors))
     for result in results[1:]:
         for name, a, b in zip(NAMES, result, results[0], strict=True):
             assert torch.equal(a, b), name
-
-
-def test_many_threads_call_at_once(threads):
-    threads(2)
-    draws = [_draw(B=2, H=16, W=16, C=64) for _ in range(8)]
-    expected = [_all(numba_cpu, d) for d in draws]
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for actual, e in zip(pool.map(lambda d: _all(numba_cpu, d), draws), expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(actual, e, strict=True))
-
-
-def test_a_forked_process(tmp_path):
-    code = '''
-        import os, torch
-        from elsa_models.ops import _numba
-        from elsa_models.ops.local_attention import numba as numba_cpu
-        torch.set_num_threads(2)
-        value, logits = torch.randn(2, 32, 32, 32), torch.randn(2, 32, 32, 1, 49)
-        call = lambda: numba_cpu.forward(value, logits, None, None, 7, 1, True)
-        expected = call()
-        assert _numba._parallel_pid == os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0 if (call().numpy() == expected.numpy()).all() else 3)  # no threads of PyTorch's either
-        assert os.waitpid(pid, 0)[1] == 0
-        assert torch.equal(call(), expected)
-    '''
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True, timeout=120, cwd=root)
-
-
-def test_numba_keeps_its_number_of_threads():
-    code = '''
-        import numba, torch
-        from elsa_models.ops import _numba
-        from elsa_models.ops.local_attention import numba as numba_cpu
-        torch.set_num_threads(2)
-        numba.set_num_threads(3)
-        numba_cpu.forward(torch.randn(2, 32, 32, 32), torch.randn(2, 32, 32, 1, 49), None, None, 7, 1, True)
-        assert _numba._parallel_pid is not None and numba.get_num_threads() == 3
-    '''
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(code)], check=True, timeout=120, cwd=root,
-        env={**os.environ, 'NUMBA_NUM_THREADS': '3'})
 
 
 def test_part_of_a_projection_is_not_copied(monkeypatch):
@@ -236,7 +189,7 @@ def test_why_it_refuses(monkeypatch):
     assert numba_cpu.refuse(torch.empty(1)) is None
     assert 'meta' in numba_cpu.refuse(torch.empty(1, device='meta'))
     assert 'dtype' in numba_cpu.refuse(torch.empty(1, dtype=torch.complex64))
-    monkeypatch.setattr(_numba, '_MISSING', 'Numba is not installed')
+    monkeypatch.setattr(_numba, 'why_not', lambda: 'Numba is not installed')
     assert 'not installed' in numba_cpu.refuse(torch.empty(1))
     assert OPERATOR.select(torch.empty(1)) == 'torch'
 
@@ -291,7 +244,7 @@ def test_a_fault_in_a_kernel_is_caught(fault, tmp_path):
         assert old in text
         text = text.replace(old, new)
     copy = tmp_path / 'faulty.py'
-    copy.write_text(text.replace('from .._simd', 'from elsa_models.ops._simd'))
+    copy.write_text(text.replace('from .._', 'from elsa_models.ops._'))
     # in a process of its own: a fault may write where it should not
     tests = Path(__file__).parents[1]
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tests), str(tests.parent)])}

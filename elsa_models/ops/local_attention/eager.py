@@ -76,8 +76,8 @@ def backward(
             gv, ga = _tap_sum_backward(g, v, a, mul, grad_mul, K, d)
         if add is not None:
             _add_static_term_backward(gv, grad_add, g, v, add, d)
-        if normalize:
-            ga = torch._softmax_backward_data(ga, a, -1, dtype)
+        if normalize:  # PyTorch's own takes sums in an order that follows the number of threads
+            ga = a * (ga - (a * ga).sum(dim=-1, keepdim=True))
         grad_value[chunk], grad_logits[chunk] = gv, ga
     return grad_value, grad_logits, _cast(grad_mul, value.dtype), _cast(grad_add, value.dtype)
 
@@ -161,15 +161,14 @@ def _add_static_term_backward(
 ) -> None:
     """Add the gradients of value and `add` to `gv` and `grad_add`."""
     C, K = add.shape[:2]
-    pad = K // 2 * d
+    r = K // 2 * d
     for batch in _conv_batches(v):
-        static, weight, _ = torch.ops.aten.convolution_backward(
+        static, _, _ = torch.ops.aten.convolution_backward(
             g[batch].permute(0, 3, 1, 2), v[batch].permute(0, 3, 1, 2), add.unsqueeze(1),
-            None, [1, 1], [pad, pad], [d, d], False, [0, 0], C, [True, d == 1, False])
+            None, [1, 1], [r, r], [d, d], False, [0, 0], C, [True, False, False])
         gv[batch] += static.permute(0, 2, 3, 1)
-        if d == 1:
-            grad_add += weight.squeeze(1)
-    if d > 1:  # PyTorch's dilated convolution sums its weights' gradient with 6 times the error of a plain sum
-        padded = F.pad(v, (0, 0, pad, pad, pad, pad))
-        for tap, rows, columns in _tap_slices(K, d, v.shape[1], v.shape[2]):
-            grad_add.view(C, -1)[:, tap] += (g * padded[:, rows, columns]).sum(dim=(0, 1, 2))
+    # PyTorch's convolution sums its weights' gradient in an order that follows the number of threads and, if dilated,
+    # with 6 times the error of a plain sum
+    padded = F.pad(v, (0, 0, r, r, r, r))
+    for tap, rows, columns in _tap_slices(K, d, v.shape[1], v.shape[2]):
+        grad_add.view(C, -1)[:, tap] += (g * padded[:, rows, columns]).sum(dim=(0, 1, 2))

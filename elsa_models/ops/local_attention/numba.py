@@ -74,7 +74,7 @@ def backward(
         sums = [None if x is None else x[:tasks].zero_() for x in (sums_mul, sums_add)]
         with _numba.written(grad_value[chunk], dtype) as gv, _numba.written(grad_logits[chunk], dtype) as ga:
             _numba.run(
-                _KERNELS, 'backward', a.numel() * C // G, *_numba.vectors(dtype, C // G, taps), (0, tasks), block, rows,
+                _KERNELS, 'backward', a.numel() * C // G, *_numba.vectors(dtype, C // G, taps), tasks, block, rows,
                 ga, attention, *sums, g, v, stride, a, mul, scratch, scratch.stride(0) * scratch.element_size(),
                 H, W, C, G, kernel_size, dilation, normalize)
             aggregate(gv, g, attention, turned_mul, turned_add, kernel_size, dilation, normalize=False, turned=True)
@@ -131,6 +131,6 @@ def aggregate(
     value, stride = _numba.with_pixel_stride(value)
     scratch = logits.new_empty(B * H, 4 * K * K)
     _numba.run(
-        _KERNELS, 'forward', logits.numel() * C // G, *_numba.vectors(value.dtype, C // G, K * K), (0, B * H), 1, B * H,
+        _KERNELS, 'forward', logits.numel() * C // G, *_numba.vectors(value.dtype, C // G, K * K), B * H,
         out, value, stride, logits.contiguous(), turned or None, mul, add,  # None: compiled without
         scratch, scratch.stride(0) * scratch.element_size(), H, W, C, G, K, d, normalize)

@@ -5,12 +5,11 @@ type of vector in which channels are taken, its width a divisor of the channels 
 are taken, its width a divisor of all taps but the last. Pixels are numbered through the batch. Taps in rows beside the
 map are passed over; those in columns beside it meet a zero, and what is no number may show there.
 """
-import numba
-
-from .._njit import compiled, inlined, parallel
+from .._njit import compiled, inlined
 from .._simd import (
     add,
     bytes_of,
+    claim,
     exp,
     fetch,
     fill,
@@ -298,46 +297,28 @@ def _attend_backward(lanes, grad_logits, at, weights, dots, start, taps, normali
 
 @compiled
 def forward(
-        vec, lanes, tasks, block, rows, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch, room,
+        vec, lanes, counter, tasks, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch, room,
         H, W, C, G, K, d, normalize):
-    """All rows of the output, `block` rows to a task, for the tasks of the range `tasks`."""
-    for task in range(tasks[0], tasks[1]):
-        for row in range(task * block, min(rows, (task + 1) * block)):
-            _forward_row(
-                vec, lanes, row, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch + task * room,
-                H, W, C, G, K, d, normalize)
+    """All rows of the output; a task is a row."""
+    while True:
+        row = claim(counter)
+        if row >= tasks:
+            return
+        _forward_row(
+            vec, lanes, row, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch + row * room,
+            H, W, C, G, K, d, normalize)
 
 
 @compiled
 def backward(
-        vec, lanes, tasks, block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride, logits,
-        ghost_mul, scratch, room, H, W, C, G, K, d, normalize):
-    """All gradients that `_backward_rows` makes, `block` rows to a task, for the tasks of the range `tasks`."""
-    for task in range(tasks[0], tasks[1]):
+        vec, lanes, counter, tasks, block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride,
+        logits, ghost_mul, scratch, room, H, W, C, G, K, d, normalize):
+    """All gradients that `_backward_rows` makes, `block` rows to a task."""
+    while True:
+        task = claim(counter)
+        if task >= tasks:
+            return
         weights = scratch + task * room
         _backward_rows(
             vec, lanes, (task * block, min(rows, (task + 1) * block)), task, grad_logits, attention, grad_mul, grad_add,
             grad, value, stride, logits, ghost_mul, weights, weights + room // 2, H, W, C, G, K, d, normalize)
-
-
-# the compiled code is kept by name: a function that differs in options alone would be taken for the other
-
-
-@parallel
-def forward_parallel(
-        vec, lanes, tasks, block, rows, out, value, stride, logits, turned, ghost_mul, ghost_add, scratch, room,
-        H, W, C, G, K, d, normalize):
-    for task in numba.prange(tasks[0], tasks[1]):
-        forward(
-            vec, lanes, (task, task + 1), block, rows, out, value, stride, logits, turned, ghost_mul, ghost_add,
-            scratch, room, H, W, C, G, K, d, normalize)
-
-
-@parallel
-def backward_parallel(
-        vec, lanes, tasks, block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride, logits,
-        ghost_mul, scratch, room, H, W, C, G, K, d, normalize):
-    for task in numba.prange(tasks[0], tasks[1]):
-        backward(
-            vec, lanes, (task, task + 1), block, rows, grad_logits, attention, grad_mul, grad_add, grad, value, stride,
-            logits, ghost_mul, scratch, room, H, W, C, G, K, d, normalize)

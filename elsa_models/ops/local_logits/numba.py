@@ -85,7 +85,7 @@ def _multiply(
     row_bias, column_bias = (None if x is None else x.contiguous() for x in (row_bias, column_bias))
     spare = query.new_empty(B * H, K * K)
     _numba.run(
-        _KERNELS, 'forward', B * H * W * C * K * K, *_numba.vectors(query.dtype, C // G, K * K), (0, B * H),
+        _KERNELS, 'forward', B * H * W * C * K * K, *_numba.vectors(query.dtype, C // G, K * K), B * H,
         out, query, query_stride, key, key_stride, row_bias, column_bias, spare,
         spare.stride(0) * spare.element_size(), H, W, C, G, K, d, border == 'mask')
 
@@ -105,7 +105,7 @@ def _sum_biases(
         None if x is None else x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
         for x in (grad_row, grad_column))
     _numba.run(
-        _KERNELS, 'sum_biases', grad.numel(), *_numba.vectors(dtype, 1, K * K), (0, B * H),
+        _KERNELS, 'sum_biases', grad.numel(), *_numba.vectors(dtype, 1, K * K), B * H,
         row, column, grad, H, W, G, K, d, border == 'mask')
     for total, x in ((grad_row, row), (grad_column, column)):
         if total is not None and total is not x:

@@ -4,11 +4,10 @@ Tensors come as addresses, of contiguous memory unless a stride is given, and No
 type of vector in which channels are taken, its width a divisor of the channels of a head. Pixels are numbered through
 the batch.
 """
-import numba
 import numpy as np
 
-from .._njit import compiled, inlined, parallel
-from .._simd import bytes_of, fill, first_entry, get, load, mul, put, totals, width
+from .._njit import compiled, inlined
+from .._simd import bytes_of, claim, fill, first_entry, get, load, mul, put, totals, width
 from ..local_attention.numba_kernels import channels_at
 
 
@@ -128,36 +127,23 @@ def _sum_row(vec, row, grad_row_bias, grad_column_bias, grad, H, W, G, K, d, mas
 
 @compiled
 def forward(
-        vec, lanes, tasks, out, query, query_stride, key, key_stride, row_bias, column_bias, spare, room,
+        vec, lanes, counter, tasks, out, query, query_stride, key, key_stride, row_bias, column_bias, spare, room,
         H, W, C, G, K, d, masks):
-    """Rows of the logits, for the rows of the range `tasks`, each with `room` bytes of its own in `spare`."""
-    for row in range(tasks[0], tasks[1]):
+    """All rows of the logits, each a task with `room` bytes of its own in `spare`."""
+    while True:
+        row = claim(counter)
+        if row >= tasks:
+            return
         _forward_row(
             vec, row, out, query, query_stride, key, key_stride, row_bias, column_bias, spare + row * room,
             H, W, C, G, K, d, masks)
 
 
 @compiled
-def sum_biases(vec, lanes, tasks, grad_row_bias, grad_column_bias, grad, H, W, G, K, d, masks):
-    """Rows of the gradients of the biases, for the rows of the range `tasks`."""
-    for row in range(tasks[0], tasks[1]):
+def sum_biases(vec, lanes, counter, tasks, grad_row_bias, grad_column_bias, grad, H, W, G, K, d, masks):
+    """All rows of the gradients of the biases, each a task."""
+    while True:
+        row = claim(counter)
+        if row >= tasks:
+            return
         _sum_row(vec, row, grad_row_bias, grad_column_bias, grad, H, W, G, K, d, masks)
-
-
-# the compiled code is kept by name: a function that differs in options alone would be taken for the other
-
-
-@parallel
-def forward_parallel(
-        vec, lanes, tasks, out, query, query_stride, key, key_stride, row_bias, column_bias, spare, room,
-        H, W, C, G, K, d, masks):
-    for task in numba.prange(tasks[0], tasks[1]):
-        forward(
-            vec, lanes, (task, task + 1), out, query, query_stride, key, key_stride, row_bias, column_bias, spare, room,
-            H, W, C, G, K, d, masks)
-
-
-@parallel
-def sum_biases_parallel(vec, lanes, tasks, grad_row_bias, grad_column_bias, grad, H, W, G, K, d, masks):
-    for task in numba.prange(tasks[0], tasks[1]):
-        sum_biases(vec, lanes, (task, task + 1), grad_row_bias, grad_column_bias, grad, H, W, G, K, d, masks)
