@@ -1,5 +1,6 @@
 """Enhanced Local Self-Attention backbones for timm. Importing the package registers every model."""
 from . import models
+from ._version import __version__
 from .export import export_onnx
 from .hub import WeightsError, get_hub_namespace, load_weights, set_hub_namespace
 from .layers import ElsaAttention, ElsaBlock
@@ -13,5 +14,3 @@ from .ops import (
     local_attention_reference,
     set_backend,
 )
-
-__version__ = '0.1.0'

@@ -108,7 +108,7 @@ def download_from_hub(
     Raises:
         SourceError: It could not be had, or is not what its name says.
     """
-    from .. import __version__
+    from .._version import __version__
     label = f'{repo_id}@{revision}' if revision else repo_id
     names = (filename,) if filename else WEIGHT_FILES
     for name in names:

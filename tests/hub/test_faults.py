@@ -11,7 +11,7 @@ from pathlib import Path
 import gdown  # noqa: F401
 import pytest
 import released
-from children import Child, run_child
+from children import run_child, start_child
 from hub_helpers import assert_right, cache_files, load
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
@@ -339,7 +339,7 @@ def test_killed_half_way(on_hub, on_drive, weights, own_world, where):
     env = dict(ELSA_HUB_NAMESPACE='org') if where == 'hub' else {}
     server = on_hub if where == 'hub' else on_drive
     server.fault = Fault('slow', delay=.3)
-    child = Child(SMALL_CHUNKS + LOAD, own_world, hub=on_hub.url, drive=on_drive.url, **env)
+    child = start_child(SMALL_CHUNKS + LOAD, own_world, hub=on_hub.url, drive=on_drive.url, **env)
     pattern = '*.incomplete' if where == 'hub' else '*.part'
     deadline = time.monotonic() + 50
     while not [p for p in own_world.rglob(pattern) if p.stat().st_size > 30000]:
@@ -373,7 +373,7 @@ def test_killed_while_it_converts(on_drive, weights, own_world):
     cache.os.replace = kill_before_the_record
     {LOAD}
     '''
-    child = Child(code, own_world, drive=on_drive.url)
+    child = start_child(code, own_world, drive=on_drive.url)
     child.communicate(timeout=50)
     assert child.returncode == -signal.SIGKILL
     files = cache_files(own_world)
@@ -390,7 +390,7 @@ def test_two_processes_at_once(on_hub, on_drive, own_world, weights, where):
     server = on_hub if where == 'hub' else on_drive
     server.fault = Fault('slow', delay=.2)
     code = f'print(sum(x.double().sum().item() for x in {LOAD}.state_dict().values()))'
-    children = [Child(code, own_world, hub=on_hub.url, drive=on_drive.url, **env) for _ in range(2)]
+    children = [start_child(code, own_world, hub=on_hub.url, drive=on_drive.url, **env) for _ in range(2)]
     outs = [child.communicate(timeout=55) for child in children]
     assert [child.returncode for child in children] == [0, 0], outs
     expected = sum(x.double().sum().item() for x in weights.state_dict().values())
@@ -407,7 +407,7 @@ def test_the_lock_of_a_dead_process_is_free(on_hub, weights, own_world):
     with CacheEntry(cache_root() / {released.NAME!r}).lock():
         os.kill(os.getpid(), signal.SIGKILL)
     '''
-    child = Child(code, own_world)
+    child = start_child(code, own_world)
     child.communicate(timeout=50)
     assert child.returncode == -signal.SIGKILL
     assert (own_world / 'elsa_models' / released.NAME / '.lock').exists()

@@ -1,0 +1,108 @@
+"""Every block of Python in README.md and docs/ runs as it is printed, in a process of its own."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from forked import Forked
+from helpers import keyed_state_dict
+
+import elsa_models
+
+ROOT = Path(__file__).parents[1]
+FILES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+SLOW = ('torch.export.export', 'torch.onnx.export', 'export_onnx')  # half a minute and more
+
+
+def _blocks():
+    for path in FILES:
+        text = path.read_text(encoding='utf-8')
+        for match in re.finditer(r'^```python\n(.*?)^```$', text, re.MULTILINE | re.DOTALL):
+            line = text[:match.start()].count('\n') + 2
+            marks = [pytest.mark.slow] if any(word in match[1] for word in SLOW) else []
+            yield pytest.param(match[1], marks=marks, id=f'{path.relative_to(ROOT)}:{line}')
+
+
+BLOCKS = list(_blocks())
+
+
+# what the blocks expect to find: files, and weights behind names
+
+
+def _write_checkpoint(path):
+    torch.save(dict(state_dict=keyed_state_dict('tiny'), epoch=3), path)
+
+
+def _write_detector(path):
+    state_dict = {
+        f'backbone.{k}': x for k, x in keyed_state_dict('tiny').items() if not k.startswith(('norm.', 'head.'))}
+    for i in range(4):
+        state_dict.update({f'backbone.norm{i}.{part}': torch.ones(96 << i) for part in ('weight', 'bias')})
+    torch.save(dict(state_dict=state_dict), path)
+
+
+def _write_onnx(path):
+    elsa_models.export_onnx(timm.create_model('test_elsa_swin', img_size=224), path)
+
+
+def _train_segmenter(path):
+    arguments = [
+        '--config', ROOT / 'configs' / 'segmentation' / 'shapes.yaml', '--output', path, '--name',
+        'shapes_segmentation', '--epochs', 1, '--train-images', 4, '--val-images', 2, '--batch-size', 2]
+    subprocess.run([sys.executable, ROOT / 'scripts' / 'train_segmentation.py', *map(str, arguments)], check=True)
+
+
+WRITERS = {  # by what a block reads
+    "file='elsa_swin_tiny.pth.tar'": ('elsa_swin_tiny.pth.tar', _write_checkpoint),
+    "'mask_rcnn_elsa_tiny.pth'": ('mask_rcnn_elsa_tiny.pth', _write_detector),
+    "InferenceSession('model.onnx'": ('model.onnx', _write_onnx),
+    "compile_model('model.onnx'": ('model.onnx', _write_onnx),
+    "'output/shapes_segmentation/model'": ('output', _train_segmenter),
+}
+
+
+@pytest.fixture(scope='session')
+def files(tmp_path_factory):
+    """Gives the path of a file of `WRITERS`, written when it is first asked for."""
+    folder = tmp_path_factory.mktemp('files')
+
+    def path_of(name, write):
+        if not (folder / name).exists():
+            write(folder / name)
+        return folder / name
+
+    return path_of
+
+
+def _run(code, authors_tiny):
+    """Run code where weights behind names are at hand: those of the authors right, those of timm random."""
+    import gdown
+    from timm.models import _builder
+    load_pretrained = _builder.load_pretrained
+
+    def load_if_ours(model, *args, **kwargs):
+        if type(model).__module__.partition('.')[0] == elsa_models.__name__:
+            load_pretrained(model, *args, **kwargs)
+
+    _builder.load_pretrained = load_if_ours
+    gdown.download = lambda id, output, **kwargs: shutil.copyfile(authors_tiny, output)
+    exec(compile(code, '<block>', 'exec'), {'__name__': '__main__'})
+
+
+def test_blocks_are_found():
+    assert len(BLOCKS) >= 16
+
+
+@pytest.mark.parametrize('code', BLOCKS)
+def test_block(code, tmp_path, files):
+    for word, (name, write) in WRITERS.items():
+        if word in code:
+            (tmp_path / name).symlink_to(files(name, write))
+    env = {**os.environ, 'ELSA_CACHE': str(tmp_path / 'cache'), 'ELSA_HUB_NAMESPACE': ''}
+    authors_tiny = files('elsa_swin_tiny.pth.tar', _write_checkpoint)
+    Forked(_run, (code, str(authors_tiny)), env, cwd=tmp_path, paths=[Path(__file__).parent]).result(timeout=300)
