@@ -86,6 +86,7 @@ class MapAttention(nn.Module):
         super().__init__()
         self.num_heads, head_dim = _check_heads(dim, num_heads)
         self.scale = head_dim ** -0.5
+        self.lean = True  # compute inference in strips of queries
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -106,12 +107,17 @@ class MapAttention(nn.Module):
             out, maps = self._attend(q, k, v, maps)
         else:
             with _without_autocast(x):
-                if torch.is_grad_enabled() or self.training or _is_graph_in_the_making(x) or not x.shape[0]:
-                    out, maps = self._attend(q, k, v, maps)
-                else:
+                if self._takes_strips(x):
                     out, maps = self._attend_by_rows(q, k, v, maps)
+                else:
+                    out, maps = self._attend(q, k, v, maps)
         out = out.transpose(1, 2).flatten(2).to(x.dtype)
         return self.proj_drop(self.proj(out)), maps
+
+    @torch.jit.unused
+    def _takes_strips(self, x: torch.Tensor) -> bool:
+        inference = self.lean and not self.training and not torch.is_grad_enabled()
+        return inference and not _is_graph_in_the_making(x) and x.shape[0] > 0
 
     def _attend(
             self,
@@ -209,11 +215,14 @@ class MapRefinement(nn.Module):
         if _is_graph_in_the_making(maps) or not _is_recomputed():
             yield
             return
-        states = [(x, x.clone()) for bn in self._norms() for x in bn.buffers()]
-        yield
-        with torch.no_grad():
-            for x, state in states:
-                x.copy_(state)
+        buffers = [(bn, dict(bn._buffers)) for bn in self._norms()]
+        for bn, kept in buffers:  # copies take the second count; backward holds on to them
+            bn._buffers.update({name: x.clone() for name, x in kept.items() if x is not None})
+        try:
+            yield
+        finally:
+            for bn, kept in buffers:
+                bn._buffers.update(kept)
 
     @torch.jit.unused
     def _norms(self) -> List[nn.Module]:
@@ -222,13 +231,14 @@ class MapRefinement(nn.Module):
     @torch.jit.unused
     def product(self, maps: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Product (B, num_heads, N, d) of refined maps and values (B, num_heads, N, d), both float32 or float64."""
-        norms: List[Optional[Norm]] = []
-        if self.lean and not _is_graph_in_the_making(maps) and maps.shape[0]:
-            norms = [_norm_of(bn, maps.dtype) for bn in self._norms()]
-        if not norms or any(norm is None for norm in norms):
-            return torch.matmul(self(maps), value)
-        weights = Weights(*(m.weight.to(maps.dtype) for m in (self.expand, self.conv, self.reduce)))
-        out, moments = refined_product(maps, value, weights, norms, self.scale)
+        with _without_autocast(maps):
+            norms: List[Optional[Norm]] = [None]
+            if self.lean and not _is_graph_in_the_making(maps) and maps.shape[0]:
+                norms = [_norm_of(bn, maps.dtype) for bn in self._norms()]
+            if any(norm is None for norm in norms):
+                return torch.matmul(self(maps), value)
+            weights = Weights(*(m.weight.to(maps.dtype) for m in (self.expand, self.conv, self.reduce)))
+            out, moments = refined_product(maps, value, weights, norms, self.scale)
         if not _is_recomputed():
             for bn, found in zip(self._norms(), moments):
                 if found is not None:
@@ -323,7 +333,6 @@ class RefinedAttention(nn.Module):
         if torch.jit.is_scripting():
             out = torch.matmul(self.refine(maps), v)
         else:
-            with _without_autocast(x):
-                out = self.refine.product(maps, v)
+            out = self.refine.product(maps, v)
         out = out.transpose(1, 2).flatten(2).to(x.dtype)
         return self.proj_drop(self.proj(out)), maps
