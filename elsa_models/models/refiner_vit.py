@@ -405,17 +405,15 @@ class RefinerVit(TokenLabelModel):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Groups of parameters from the image to the classifier.
+        """Groups of parameters from the image to the classifier, as those of timm's vision transformers.
 
         Args:
-            coarse: Take a pair of blocks, one that computes maps and one that refines them, as one group.
+            coarse: Blocks are groups either way.
         """
-        block = r'^blocks\.(\d+)'
-        if coarse:
-            last = len(self.blocks)
-            pairs = [(rf'^blocks\.({i}|{i + 1})\.', (i // 2,)) for i in range(0, last, 2)]
-            return dict(stem=r'^cls_token|pos_embed|patch_embed', blocks=[*pairs, (r'^norm', (99999,))])
-        return dict(stem=r'^cls_token|pos_embed|patch_embed', blocks=[(block, None), (r'^norm', (99999,))])
+        return dict(
+            stem=r'^cls_token|pos_embed|patch_embed',
+            blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
+        )
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
