@@ -1,4 +1,19 @@
 from .block import ElsaBlock, MixerBlock
-from .mixers import AxialAttention, ElsaAttention, GlobalSelfAttention, Mixer, WindowAttention
+from .mixers import (
+    AxialAttention,
+    ElsaAttention,
+    FocalAttention,
+    GlobalSelfAttention,
+    LocalGlobalAttention,
+    Mixer,
+    WindowAttention,
+)
 from .sizes import check_size, pad_map, sizes_are_open
-from .stems import PaddedConvStem, PaddedDownsample, PaddedPatchEmbed, PaddedPatchMerging
+from .stems import (
+    ConvDownsample,
+    OverlapPatchEmbed,
+    PaddedConvStem,
+    PaddedDownsample,
+    PaddedPatchEmbed,
+    PaddedPatchMerging,
+)

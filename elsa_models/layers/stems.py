@@ -1,6 +1,6 @@
 """Patch embeddings and downsampling for maps of any size, padded on the right and at the bottom."""
 import math
-from typing import Optional, Tuple, Union
+from typing import Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ from timm.models import volo
 from timm.models.swin_transformer import PatchMerging
 
 from .arguments import check_images, pair, whole_number
-from .sizes import check_size, pad_map
+from .sizes import check_size, pad_map, sizes_are_open
 
 _int_or_pair = Union[int, Tuple[int, int]]
 
@@ -185,3 +185,107 @@ class PaddedDownsample(volo.Downsample):
         B, H, W, C = x.shape
         x = pad_map(x, (H + 1) // 2 * 2, (W + 1) // 2 * 2)
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class OverlapPatchEmbed(PaddedPatchEmbed):
+    """Patch embedding whose convolution sees 2 * patch_size - 1 pixels a side, 7 x 7 for patches of 4."""
+
+    def __init__(
+            self,
+            *args,
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: Of timm's `PatchEmbed`.
+            **kwargs: Of timm's `PatchEmbed`.
+        """
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        old = self.proj
+        kernel_size = tuple([2 * p - 1 for p in self.patch_size])
+        self.proj = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            kernel_size,
+            stride=self.patch_size,
+            padding=tuple([p // 2 for p in self.patch_size]),
+            bias=old.bias is not None,
+            device=device,
+            dtype=dtype,
+        )
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            img_size: Optional[_int_or_pair] = None,
+            patch_size: Optional[_int_or_pair] = None,
+    ) -> None:
+        """Change the size of the image.
+
+        Raises:
+            ValueError: The patch size is another: a convolution whose patches overlap is not resampled.
+        """
+        if patch_size is not None and pair('patch_size', patch_size) != tuple(self.patch_size):
+            raise ValueError(
+                f'patch_size: got {patch_size}, must be {tuple(self.patch_size)}: overlapping patches have no other.')
+        super().set_input_size(img_size=img_size)
+
+
+def _pad_for_halving(x: torch.Tensor, pad_odd: bool) -> torch.Tensor:
+    # (B, H, W, C): to even sides, or else to sides that a 2 x 2 convolution has any output for
+    H, W = x.shape[1], x.shape[2]
+    if pad_odd:
+        return pad_map(x, (H + 1) // 2 * 2, (W + 1) // 2 * 2)
+    if torch.jit.is_scripting() or not sizes_are_open():
+        return pad_map(x, max(H, 2), max(W, 2))
+    return x
+
+
+torch.fx.wrap('_pad_for_halving')
+
+
+class ConvDownsample(nn.Module):
+    """Halving of a map by a convolution with a norm after it, 2 x 2 or, overlapping, 3 x 3.
+
+    2 x 2 convolutions lose the last row or column of maps of odd sides, unless `pad_odd` is on; 3 x 3 ones round up.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            overlap: bool = False,
+            pad_odd: bool = False,
+            norm_layer: Type[nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels of the input.
+            out_dim: Channels of the output.
+            overlap: Convolve 3 x 3 pixels, not 2 x 2.
+            pad_odd: Pad maps of odd sides on the right and at the bottom before 2 x 2 convolutions.
+            norm_layer: Normalisation, called with the number of channels.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.overlap = overlap
+        self.pad_odd = pad_odd
+        self.proj = nn.Conv2d(dim, out_dim, 3 if overlap else 2, stride=2, padding=1 if overlap else 0, **dd)
+        self.norm = norm_layer(out_dim, **dd)
+
+    @torch.jit.ignore
+    def output_size(self, feat_size: Tuple[int, int]) -> Tuple[int, int]:
+        """Height and width of the output for those of a map."""
+        if self.overlap or self.pad_odd:
+            return (feat_size[0] + 1) // 2, (feat_size[1] + 1) // 2
+        return max(feat_size[0] // 2, 1), max(feat_size[1] // 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, H, W, dim) to (B, h, w, out_dim), sides halved."""
+        if not self.overlap:
+            x = _pad_for_halving(x, self.pad_odd)
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

@@ -4,5 +4,7 @@ from ._warm_start import WarmStartReport, warm_start
 from .axial_resnet import AxialResNet
 from .elsa_swin import ElsaSwin
 from .elsa_volo import ElsaVolo
+from .focal_transformer import FocalTransformer
 from .gsa_resnet import GsaResNet
+from .lg_transformer import LGTransformer
 from .refiner_vit import RefinerVit

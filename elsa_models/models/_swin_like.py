@@ -36,6 +36,15 @@ def stage_windows(window_size: Windows, num_stages: int) -> Tuple[Tuple[int, int
     return tuple([pair('window_size', w) for w in per_stage('window_size', window_size, num_stages)])
 
 
+def _downsampled(downsample: nn.Module, feat_size: Tuple[int, int]) -> Tuple[int, int]:
+    """Height and width of a map after a downsampling, which may say so itself and else rounds up."""
+    if isinstance(downsample, nn.Identity):
+        return tuple(feat_size)
+    if hasattr(downsample, 'output_size'):
+        return downsample.output_size(feat_size)
+    return tuple([(s + 1) // 2 for s in feat_size])
+
+
 class MixerStage(nn.Module):
     """Blocks of any kind on (B, H, W, C), after an optional downsampling."""
     __jit_unused_properties__ = ['output_resolution']
@@ -48,7 +57,8 @@ class MixerStage(nn.Module):
     ) -> None:
         """
         Args:
-            downsample: Halves maps, sides rounded up; or an identity.
+            downsample: Halves maps, or an identity. Sides are rounded up, unless it has a method `output_size`, which
+                says otherwise.
             blocks: Maps of (B, H, W, C) to the same.
             input_resolution: Height and width of the map that enters the stage.
         """
@@ -61,9 +71,12 @@ class MixerStage(nn.Module):
     @property
     def output_resolution(self) -> Tuple[int, int]:
         """Height and width of the map that leaves the stage."""
-        if isinstance(self.downsample, nn.Identity):
-            return self.input_resolution
-        return tuple([(s + 1) // 2 for s in self.input_resolution])
+        return self.output_size(self.input_resolution)
+
+    @torch.jit.ignore
+    def output_size(self, feat_size: Tuple[int, int]) -> Tuple[int, int]:
+        """Height and width of the map that leaves the stage, for those of one that enters."""
+        return _downsampled(self.downsample, feat_size)
 
     @torch.jit.ignore
     def set_input_size(
@@ -95,7 +108,12 @@ class MixerStage(nn.Module):
 
 
 class SwinLike(nn.Module):
-    """Patch embedding, stages of blocks with downsampling between them, norm, pooling and classifier."""
+    """Patch embedding, stages of blocks with downsampling between them, norm, pooling and classifier.
+
+    Attributes:
+        scales_windows: Whether windows grow and shrink with the map when `set_input_size` names none.
+    """
+    scales_windows = True
 
     def __init__(
             self,
@@ -192,7 +210,7 @@ class SwinLike(nn.Module):
         for i in range(num_stages):
             dim = embed_dim * 2 ** i
             downsample = downsample_layer(dim // 2, dim, norm_layer=norm_layer, **dd) if i > 0 else nn.Identity()
-            feat_size = tuple([(s + 1) // 2 for s in resolution]) if i > 0 else resolution
+            feat_size = _downsampled(downsample, resolution)
             blocks = [
                 block_layer[i](
                     dim,
@@ -326,6 +344,8 @@ class SwinLike(nn.Module):
             windows = tuple([tuple([max(1, g // r) for g in grid]) for r in window_ratio])
         if windows is not None:
             self._ref_window_sizes, self._ref_grid_size = windows, grid  # later calls scale these
+        elif windowed and not self.scales_windows:
+            windows = self._ref_window_sizes
         elif windowed:
             windows = tuple([
                 tuple([max(1, w * g // r) for w, g, r in zip(ws, grid, self._ref_grid_size)])

@@ -27,6 +27,7 @@ from timm.models._input import get_model_input_config
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import elsa_models
+from elsa_models.models import family_of
 
 # what no runtime but PyTorch's own runs well, or at all
 REFUSED_OPERATORS = {'Col2Im', 'If', 'Loop', 'Scan', 'ScatterND', 'ScatterElements'}
@@ -249,7 +250,7 @@ def test_images_that_are_not_contiguous(name):
 
 @every_model
 def test_features_have_their_strides(name):
-    model = make_flexible(name, features_only=True)
+    model = make_flexible(name, features_only=True, **family_of(name).dense_args)  # as a detector's backbone
     strides, channels = model.feature_info.reduction(), model.feature_info.channels()
     assert strides == sorted(strides) and len(strides) == len(channels) >= 3
     channels_last = str(getattr(model, 'output_fmt', 'NCHW')) in ('NHWC', 'Format.NHWC')
@@ -466,7 +467,8 @@ def assert_near_spread(x, expected, name):
         assert torch.equal(x, expected), name
     elif expected.numel() > 1:
         spread, wanted = x.double().std(correction=0).item(), expected.double().std(correction=0).item()
-        assert spread == pytest.approx(wanted, rel=.4, abs=1e-12), name
+        chance = max(.4, 4 / expected.numel() ** .5)  # few draws differ by more
+        assert spread == pytest.approx(wanted, rel=chance, abs=1e-12), name
 
 
 @every_model
