@@ -6,7 +6,7 @@ it is known: reconstructed from the abstract and the parameter count. Its author
 It is a Swin Transformer in whose blocks several window attentions, from local to global, run side by side.
 """
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Dict, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -209,6 +209,7 @@ register_family(Family(
     module=__name__,
     model_cls=LGTransformer,
     to_own_names=to_own_names,
-    relatives={f'lg_{size}_patch4_window7_224': f'swin_{size}_patch4_window7_224.ms_in1k' for size in ('tiny', 'small')},
+    relatives={
+        f'lg_{size}_patch4_window7_224': f'swin_{size}_patch4_window7_224.ms_in1k' for size in ('tiny', 'small')},
     marks=('attn_conv.weight',),
 ))
