@@ -421,6 +421,26 @@ class FocalAttention(Mixer):
             return torch.cat([own, once, torch.logaddexp(first, second), pooled], dim=2)
         return torch.cat([own, once, first, pooled, second], dim=2)
 
+    @torch.jit.ignore
+    def attention_map(self, x: torch.Tensor) -> torch.Tensor:
+        """Weights (B, H, W, num_heads, keys): of the window, its surround without repeats, and pooled windows."""
+        B, H, W, C = x.shape
+        w, heads = self.window_size[0], self.num_heads
+        qkv, pooled = self._project(x)
+        bias = self._bias(merged=True)
+        L, S = bias.shape[1:]
+        bounded = None if self.bounded is None else self.bounded[:S]
+        rows, columns = (H + w - 1) // w, (W + w - 1) // w
+        index, unseen = find_keys(self.steps[:, :S], self.places[:S], bounded, rows, columns, L + 1)
+        q = qkv[..., :C].unflatten(3, (heads, C // heads)).transpose(2, 3)  # B, windows, heads, L, d
+        k = torch.cat([qkv[..., C:2 * C], pooled[..., :C]], dim=2).flatten(1, 2)[:, index]  # B, windows, S, C
+        k = k.unflatten(3, (heads, C // heads)).transpose(2, 3)
+        logits = q * (C // heads) ** -.5 @ k.transpose(-2, -1) + bias
+        if unseen is not None:
+            logits = logits.masked_fill(unseen[:, None, None], -float('inf'))
+        weights = merge_windows(logits.softmax(dim=-1).transpose(2, 3).flatten(3), w, H, W)
+        return weights.unflatten(3, (heads, S))
+
     def _project(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Query, key and value (B, windows, pixels, 3 * dim) of maps; key and value of each window's pooled token."""
         windows = partition_windows(x, self.window_size[0])
