@@ -19,8 +19,8 @@ torch.fx.wrap('check_map')
 torch.fx.wrap('pad_map')
 
 
-class WindowAttention(Mixer):
-    """Attention within windows, of which those of every other block are shifted by half their size.
+class WindowMixer(Mixer):
+    """What all mixers within windows share: cutting maps into windows, of which every other block's are shifted.
 
     The window is cut to a map that is smaller than it, and a side that one window covers is not shifted. With `dynamic`
     that is decided for every map anew, where timm keeps the shift of the size that it was built for: at 224 pixels the
@@ -31,81 +31,33 @@ class WindowAttention(Mixer):
     and then shifted, as the detection code of Swin's and ELSA's authors does: the padding lies elsewhere, so pixels
     meet in other windows, and the mask, which is made for the padded map, is exact.
     """
-    fused_attn: torch.jit.Final[bool]
 
     def __init__(
             self,
-            dim: int,
-            num_heads: int,
             feat_size: Tuple[int, int],
             window_size: Union[int, Tuple[int, int]] = 7,
             shift: bool = False,
             always_partition: bool = False,
             pad_before_shift: bool = False,
             dynamic: bool = False,
-            qkv_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
     ) -> None:
         """
         Args:
-            dim: Channels of input and output.
-            num_heads: Heads, a divisor of dim.
             feat_size: Height and width of the map.
             window_size: Height and width of the windows, at most those of the map.
             shift: Shift the windows by half their size.
             always_partition: Neither cut the window to the map nor leave out the shift.
             pad_before_shift: Pad first, then shift.
             dynamic: Take maps of any size.
-            qkv_bias: Add a bias to query, key and value.
-            attn_drop: Dropout rate of the attention weights.
-            proj_drop: Dropout rate of the output.
-
-        Raises:
-            ValueError: num_heads does not divide dim.
         """
-        dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        if dim % num_heads != 0:
-            raise ValueError(f'num_heads: got {num_heads}, must be a divisor of the {dim} channels.')
-        self.dim = dim
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim ** -0.5
         self.shift = shift
         self.always_partition = always_partition
         self.pad_before_shift = pad_before_shift
         self.dynamic = dynamic
-        self.fused_attn = use_fused_attn(experimental=True)
         self._set_window(feat_size, pair('window_size', window_size))
-
-        window_h, window_w = self.window_size
-        self.relative_position_bias_table = nn.Parameter(
-            torch.empty((2 * window_h - 1) * (2 * window_w - 1), num_heads, **dd))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
         self.register_buffer('relative_position_index', None, persistent=False)
         self.register_buffer('attn_mask', None, persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the position table and the buffers."""
-        trunc_normal_(self.relative_position_bias_table, std=.02)
-        self.init_non_persistent_buffers()
-
-    @torch.jit.ignore
-    def init_non_persistent_buffers(self) -> None:
-        """Compute the buffers that no state dict holds. timm calls this after `to_empty()`."""
-        table = self.relative_position_bias_table
-        self.relative_position_index = get_relative_position_index(*self.window_size, device=table.device)
-        self.attn_mask = None
-        if not self.dynamic and any(self.shift_size):
-            padded_h, padded_w = self._padded(*self.feat_size)
-            self.attn_mask = self._make_mask(padded_h, padded_w, *self.shift_size, table.dtype, table.device)
 
     def _set_window(self, feat_size: Tuple[int, int], window_size: Tuple[int, int]) -> None:
         shift_size = tuple([w // 2 if self.shift else 0 for w in window_size])
@@ -115,91 +67,37 @@ class WindowAttention(Mixer):
         self.feat_size, self.window_size, self.shift_size = tuple(feat_size), window_size, shift_size
         self.window_area = window_size[0] * window_size[1]
 
-    @torch.jit.ignore
-    def set_input_size(
+    def _init_buffers(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.relative_position_index = get_relative_position_index(*self.window_size, device=device)
+        self.attn_mask = None
+        if not self.dynamic and any(self.shift_size):
+            padded_h, padded_w = self._padded(*self.feat_size)
+            self.attn_mask = self._make_mask(padded_h, padded_w, *self.shift_size, dtype, device)
+
+    def _resize_windows(
             self,
             feat_size: Tuple[int, int],
-            window_size: Optional[Tuple[int, int]] = None,
-            always_partition: Optional[bool] = None,
-    ) -> None:
-        """Change the size of map and windows; the position table is resampled to new windows.
-
-        Args:
-            feat_size: Height and width of the map.
-            window_size: Height and width of the windows, None leaves them.
-            always_partition: As in the constructor, None leaves it.
-        """
+            window_size: Optional[Tuple[int, int]],
+            always_partition: Optional[bool],
+    ) -> Optional[Tuple[int, int]]:
+        """Take another size of map and windows; the former windows, or None where they have not changed."""
         if always_partition is not None:
             self.always_partition = always_partition
-        old_size, table = self.window_size, self.relative_position_bias_table
+        old_size = self.window_size
         self._set_window(feat_size, old_size if window_size is None else window_size)
-        if self.window_size != old_size:
-            window_h, window_w = self.window_size
-            with torch.no_grad():
-                resized = resize_rel_pos_bias_table(
-                    table,
-                    new_window_size=self.window_size,
-                    new_bias_shape=((2 * window_h - 1) * (2 * window_w - 1), self.num_heads),
-                    old_window_size=old_size,
-                )
-            self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
-        self.init_non_persistent_buffers()
+        return old_size if self.window_size != old_size else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, H, W, dim) to (B, H, W, dim).
-
-        Raises:
-            ValueError: The input is of another shape.
-        """
-        check_map(x, self.dim)
-        B, H, W, C = x.shape
-        windows, mask, shift_h, shift_w = self._partition(x)
-        q, k, v = self._project(windows)
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=self._bias(q, mask), dropout_p=self.attn_drop.p if self.training else 0.)
-        else:
-            x = self.attn_drop(self._weights(q, k, mask)) @ v
-        x = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
-        return self._merge(x, B, H, W, shift_h, shift_w)
-
-    @torch.jit.ignore
-    def attention_map(self, x: torch.Tensor) -> torch.Tensor:
-        """Attention weights (B, H, W, num_heads, window area) of each pixel over those of its window."""
-        B, H, W, C = x.shape
-        windows, mask, shift_h, shift_w = self._partition(x)
-        q, k, _ = self._project(windows)
-        weights = self._weights(q, k, mask).transpose(1, 2).flatten(2)
-        return self._merge(weights, B, H, W, shift_h, shift_w).unflatten(-1, (self.num_heads, self.window_area))
-
-    def _project(self, windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value (windows, heads, area, channels) of windows (windows, area, dim)."""
-        n, area, _ = windows.shape
-        qkv = self.qkv(windows).reshape(n, area, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        return q, k, v
-
-    def _position_bias(self) -> torch.Tensor:
-        index = self.relative_position_index.view(-1)
-        bias = self.relative_position_bias_table[index].view(self.window_area, self.window_area, -1)
-        return bias.permute(2, 0, 1).contiguous().unsqueeze(0)  # 1, heads, area, area
-
-    def _bias(self, q: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
-        """Summand of the logits of all windows at once, as fused attention takes it."""
-        bias = self._position_bias()
-        if mask is not None:
-            bias = bias + mask.unsqueeze(1)  # windows of a map, heads, area, area
-            bias = bias.repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
-        return bias
-
-    def _weights(self, q: torch.Tensor, k: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
-        """Attention weights (windows, heads, area, area)."""
-        attn = (q * self.scale) @ k.transpose(-2, -1)
-        attn = attn + self._position_bias()
-        if mask is not None:
-            attn = attn.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1).unsqueeze(0)
-            attn = attn.flatten(0, 1)
-        return attn.softmax(dim=-1)
+    def _resize_table(self, table: nn.Parameter, old_size: Tuple[int, int]) -> nn.Parameter:
+        """A table (offsets, n) of windows of `old_size`, resampled to the windows there are now."""
+        window_h, window_w = self.window_size
+        with torch.no_grad():
+            resized = resize_rel_pos_bias_table(
+                table,
+                new_window_size=self.window_size,
+                new_bias_shape=((2 * window_h - 1) * (2 * window_w - 1), table.shape[1]),
+                old_window_size=old_size,
+            )
+        return nn.Parameter(resized, requires_grad=table.requires_grad)
 
     def _padded(self, H: int, W: int) -> Tuple[int, int]:
         """Height and width in whole windows."""
@@ -325,6 +223,149 @@ class WindowAttention(Mixer):
         region_w = (columns >= W - self.window_size[1]).int() + (columns >= W - shift_w).int()
         region = (3 * region_h + region_w).view(-1, self.window_area)
         return (region[:, None, :] != region[:, :, None]).to(dtype) * -100.
+
+
+class WindowAttention(WindowMixer):
+    """Swin's attention within windows, with a bias for each relative position. See `WindowMixer`."""
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            feat_size: Tuple[int, int],
+            window_size: Union[int, Tuple[int, int]] = 7,
+            shift: bool = False,
+            always_partition: bool = False,
+            pad_before_shift: bool = False,
+            dynamic: bool = False,
+            qkv_bias: bool = True,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ) -> None:
+        """
+        Args:
+            dim: Channels of input and output.
+            num_heads: Heads, a divisor of dim.
+            feat_size: Height and width of the map.
+            window_size: Height and width of the windows, at most those of the map.
+            shift: Shift the windows by half their size.
+            always_partition: Neither cut the window to the map nor leave out the shift.
+            pad_before_shift: Pad first, then shift.
+            dynamic: Take maps of any size.
+            qkv_bias: Add a bias to query, key and value.
+            attn_drop: Dropout rate of the attention weights.
+            proj_drop: Dropout rate of the output.
+
+        Raises:
+            ValueError: num_heads does not divide dim.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(feat_size, window_size, shift, always_partition, pad_before_shift, dynamic)
+        if dim % num_heads != 0:
+            raise ValueError(f'num_heads: got {num_heads}, must be a divisor of the {dim} channels.')
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim ** -0.5
+        self.fused_attn = use_fused_attn(experimental=True)
+
+        window_h, window_w = self.window_size
+        self.relative_position_bias_table = nn.Parameter(
+            torch.empty((2 * window_h - 1) * (2 * window_w - 1), num_heads, **dd))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the position table and the buffers."""
+        trunc_normal_(self.relative_position_bias_table, std=.02)
+        self.init_non_persistent_buffers()
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Compute the buffers that no state dict holds. timm calls this after `to_empty()`."""
+        table = self.relative_position_bias_table
+        self._init_buffers(table.dtype, table.device)
+
+    @torch.jit.ignore
+    def set_input_size(
+            self,
+            feat_size: Tuple[int, int],
+            window_size: Optional[Tuple[int, int]] = None,
+            always_partition: Optional[bool] = None,
+    ) -> None:
+        """Change the size of map and windows; the position table is resampled to new windows.
+
+        Args:
+            feat_size: Height and width of the map.
+            window_size: Height and width of the windows, None leaves them.
+            always_partition: As in the constructor, None leaves it.
+        """
+        old_size = self._resize_windows(feat_size, window_size, always_partition)
+        if old_size is not None:
+            self.relative_position_bias_table = self._resize_table(self.relative_position_bias_table, old_size)
+        self.init_non_persistent_buffers()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, H, W, dim) to (B, H, W, dim).
+
+        Raises:
+            ValueError: The input is of another shape.
+        """
+        check_map(x, self.dim)
+        B, H, W, C = x.shape
+        windows, mask, shift_h, shift_w = self._partition(x)
+        q, k, v = self._project(windows)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=self._bias(q, mask), dropout_p=self.attn_drop.p if self.training else 0.)
+        else:
+            x = self.attn_drop(self._weights(q, k, mask)) @ v
+        x = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return self._merge(x, B, H, W, shift_h, shift_w)
+
+    @torch.jit.ignore
+    def attention_map(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention weights (B, H, W, num_heads, window area) of each pixel over those of its window."""
+        B, H, W, C = x.shape
+        windows, mask, shift_h, shift_w = self._partition(x)
+        q, k, _ = self._project(windows)
+        weights = self._weights(q, k, mask).transpose(1, 2).flatten(2)
+        return self._merge(weights, B, H, W, shift_h, shift_w).unflatten(-1, (self.num_heads, self.window_area))
+
+    def _project(self, windows: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value (windows, heads, area, channels) of windows (windows, area, dim)."""
+        n, area, _ = windows.shape
+        qkv = self.qkv(windows).reshape(n, area, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return q, k, v
+
+    def _position_bias(self) -> torch.Tensor:
+        index = self.relative_position_index.view(-1)
+        bias = self.relative_position_bias_table[index].view(self.window_area, self.window_area, -1)
+        return bias.permute(2, 0, 1).contiguous().unsqueeze(0)  # 1, heads, area, area
+
+    def _bias(self, q: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+        """Summand of the logits of all windows at once, as fused attention takes it."""
+        bias = self._position_bias()
+        if mask is not None:
+            bias = bias + mask.unsqueeze(1)  # windows of a map, heads, area, area
+            bias = bias.repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
+        return bias
+
+    def _weights(self, q: torch.Tensor, k: torch.Tensor, mask: Optional[torch.Tensor]) -> torch.Tensor:
+        """Attention weights (windows, heads, area, area)."""
+        attn = (q * self.scale) @ k.transpose(-2, -1)
+        attn = attn + self._position_bias()
+        if mask is not None:
+            attn = attn.unflatten(0, (-1, mask.shape[0])) + mask.unsqueeze(1).unsqueeze(0)
+            attn = attn.flatten(0, 1)
+        return attn.softmax(dim=-1)
 
 
 @torch.jit.unused
