@@ -15,7 +15,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vf
 
-from .._images import DataError, read_image
+from .._images import DataError, printable, read_image
+from .coco_format import read_annotations
 from .shapes import CLASSES, Shapes, boxes_of
 
 _SPLITS = (('train', 'val'), ('train2017', 'val2017'))
@@ -58,7 +59,7 @@ class ObjectImages(Dataset):
         else:
             self.image_ids = sorted(source.getImgIds())
             self.category_ids = sorted(source.getCatIds())
-            self.class_names = [c['name'] for c in source.loadCats(self.category_ids)]
+            self.class_names = [printable(c['name']) for c in source.loadCats(self.category_ids)]
         self.image_ids = self.image_ids[:limit or None]
 
     def __len__(self) -> int:
@@ -67,7 +68,7 @@ class ObjectImages(Dataset):
     def skip_empty(self) -> None:
         """Leave out images without objects."""
         if not isinstance(self.source, Shapes):
-            full = {a['image_id'] for a in self.source.dataset.get('annotations', []) if not a.get('iscrowd')}
+            full = {a['image_id'] for a in self.source.dataset.get('annotations', []) if not a['iscrowd']}
             self.image_ids = [i for i in self.image_ids if i in full]
         else:
             self.image_ids = [i for i in self.image_ids if len(self.source[i].labels)]
@@ -76,8 +77,7 @@ class ObjectImages(Dataset):
         """An image and its objects; crowds and what lies outside the image are left out.
 
         Raises:
-            DataError: A file cannot be read, or is of another size than the annotations say, or these have no such
-                category.
+            DataError: A file cannot be read, or is of another size than the annotations say.
         """
         number = self.image_ids[index]
         if isinstance(self.source, Shapes):
@@ -91,26 +91,17 @@ class ObjectImages(Dataset):
             raise DataError(f'{file}: is of {W} x {H} pixels, its annotations of {entry["width"]} x {entry["height"]}.')
         boxes, labels, masks = [], [], []
         for a in self.source.imgToAnns.get(number, []):
-            if a.get('iscrowd'):
+            if a['iscrowd']:
                 continue
-            if a['category_id'] not in self.category_ids:
-                raise DataError(f'{file}: annotation {a.get("id")} has an unlisted category {a["category_id"]}.')
             left, top, width, height = a['bbox']
             box = [max(0., left), max(0., top), min(W, left + width), min(H, top + height)]
             if box[2] - box[0] < 1 or box[3] - box[1] < 1:
                 continue
-            try:
-                if a.get('segmentation') or self.need_masks:
-                    mask = self.source.annToMask(a)
-                else:
-                    mask = np.zeros((H, W), dtype=np.uint8)
-                    mask[round(box[1]):round(box[3]), round(box[0]):round(box[2])] = 1
-            except Exception as e:  # pycocotools raises bare exceptions
-                raise DataError(f'{file}: annotation {a.get("id")} has a mask that cannot be read ({e}).') from e
-            if mask.shape != (H, W):
-                raise DataError(
-                    f'{file}: annotation {a.get("id")} has a mask of {mask.shape[1]} x {mask.shape[0]} pixels, the'
-                    f' image is of {W} x {H}.')
+            if a.get('segmentation'):
+                mask = self.source.annToMask(a)
+            else:
+                mask = np.zeros((H, W), dtype=np.uint8)
+                mask[round(box[1]):round(box[3]), round(box[0]):round(box[2])] = 1
             boxes.append(box)
             labels.append(self.category_ids.index(a['category_id']) + 1)
             masks.append(mask)
@@ -146,11 +137,7 @@ class ObjectImages(Dataset):
                     id=len(annotations) + 1, image_id=i, category_id=label, iscrowd=0, area=float(mask.sum()),
                     bbox=_xywh(box), segmentation=_encode(mask)))
         categories = [dict(id=i, name=name) for i, name in zip(self.category_ids, self.class_names)]
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO()
-            truth.dataset = dict(info={}, images=images, annotations=annotations, categories=categories)
-            truth.createIndex()
-        return truth
+        return _index(dict(info={}, images=images, annotations=annotations, categories=categories))
 
 
 def load_objects(
@@ -195,15 +182,15 @@ def load_objects(
 
 def _load_coco(folder: Path, split: str, limit: int, need_masks: bool) -> ObjectImages:
     file = folder / 'annotations' / f'instances_{split}.json'
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(str(file))
-        images = ObjectImages(coco, folder / split, limit, need_masks)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
-        raise DataError(f"{file}: cannot be read as annotations in COCO's format ({type(e).__name__}: {e}).") from e
-    if not images.category_ids:
-        raise DataError(f'{file}: lists no categories.')
-    return images
+    return ObjectImages(_index(read_annotations(file, need_masks)), folder / split, limit, need_masks)
+
+
+def _index(data: Dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = data
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
 
 
 def _xywh(box: Sequence[float]) -> List[float]:

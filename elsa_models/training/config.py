@@ -104,6 +104,8 @@ class BaseRecipe(Values):
 
     # optimiser and schedule
     epochs: int = value(30, 'passes over the training images', low=1)
+    min_steps: int = value(0, 'steps of the epochs together, at least: where images are few, an epoch passes over them'
+                              ' several times', low=0)
     cooldown_epochs: int = value(0, 'further epochs at the final learning rate', low=0)
     batch_size: int = value(64, 'images in each step, over all processes and accumulated parts', low=1)
     accumulate: int = value(1, 'parts that a process computes one after the other, for less memory', low=1)
@@ -148,6 +150,11 @@ class BaseRecipe(Values):
     keep_checkpoints: int = value(2, 'newest checkpoints to keep', low=1, free=True)
     log_steps: int = value(50, 'steps between looks at the loss', low=1, free=True)
     tensorboard: bool = value(False, 'write logs for TensorBoard', free=True)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, at least."""
+        return -(-self.min_steps // self.epochs)
 
     @property
     def run_name(self) -> str:

@@ -32,20 +32,23 @@ class Samples(Dataset):
     Samples that cannot be read are counted and replaced.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, missing: Any = None) -> None:
+    def __init__(self, dataset: Dataset, seed: int, missing: Any = None, times: int = 1) -> None:
         """
         Args:
             dataset: Returns samples by their number; raises OSError or DataError for one that cannot be read.
             seed: Seed of the augmentation.
             missing: Sample to return in place of what cannot be read; None for the next that can.
+            times: How often each sample is in it, with augmentations of its own.
         """
         self.dataset = dataset
         self.seed = seed
         self.missing = missing
+        self.times = times
+        self._reported = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by whatever worker
         self._unreadable = multiprocessing.Value('q', 0)  # of all workers
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset) * self.times
 
     def __getitem__(self, place: Tuple[int, int]) -> Any:
         epoch, first = place
@@ -56,12 +59,14 @@ class Samples(Dataset):
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
             try:
-                return self.dataset[index]
+                return self.dataset[index % len(self.dataset)]
             except (OSError, DataError) as e:
                 error = e
                 with self._unreadable.get_lock():
                     self._unreadable.value += 1
-                _logger.warning('skipped: %s', e)
+                if not self._reported[index % len(self.dataset)]:
+                    self._reported[index % len(self.dataset)] = True
+                    _logger.warning('skipped: %s', e)
                 if self.missing is not None:
                     return self.missing
         raise DataError(f'{_MAX_UNREADABLE} images in a row cannot be read, of them the last: {error}') from error
@@ -109,6 +114,7 @@ class TrainLoader:
             workers: int = 0,
             collate: Optional[Callable[[List[Any]], Any]] = None,
             wrap: Callable[[DataLoader], Any] = lambda loader: loader,
+            min_steps: int = 0,
     ) -> None:
         """
         Args:
@@ -120,6 +126,7 @@ class TrainLoader:
             workers: Processes that load.
             collate: Makes a batch of samples.
             wrap: Applied to the loader, such as timm's PrefetchLoader.
+            min_steps: Steps of an epoch, at least: it passes over the images as often as that takes.
 
         Raises:
             RecipeError: The images of a step cannot be shared equally.
@@ -154,13 +161,15 @@ class TrainLoader:
                 dataset.set_loader_cfg(num_workers=workers)
             loader = DataLoader(dataset, batch_size=batch_size // parts, drop_last=True, **common)
         else:
-            self.samples = Samples(dataset, seed)
+            times = max(1, -(-min_steps * batch_size // self.num_images))
+            self.samples = Samples(dataset, seed, times=times)
             sampler = DistributedSampler(
-                dataset, num_replicas=world.size, rank=world.rank, shuffle=True, seed=seed % 2 ** 31, drop_last=True)
+                self.samples, num_replicas=world.size, rank=world.rank, shuffle=True, seed=seed % 2 ** 31,
+                drop_last=True)
             self._stream, self._order = None, _Order(sampler, batch_size // parts)
             loader = DataLoader(self.samples, batch_sampler=self._order, **common)
         self.loader = wrap(loader)
-        self.steps = self.num_images // batch_size
+        self.steps = (self.num_images if stream else len(self.samples)) // batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[List[Any]]:
         """The parts of each step of an epoch, from step `start` on."""

@@ -36,10 +36,11 @@ from .evaluation import create_eval_loader
 from .world import World
 
 NAMES, INDICES, SCORES, INFO = 'names.txt', 'indices.npy', 'scores.npy', 'info.json'
+_CHECKED = 2 ** 24  # values that are looked at together
 
 
 class TokenMaps:
-    """A folder of label maps, read as needed."""
+    """A folder of label maps, checked as a whole when it is opened, and read as needed."""
 
     def __init__(self, folder: Union[str, Path]) -> None:
         """
@@ -52,14 +53,35 @@ class TokenMaps:
             names = (self.folder / NAMES).read_text(encoding='utf-8').splitlines()
             self.indices = np.load(self.folder / INDICES, mmap_mode='r')
             self.scores = np.load(self.folder / SCORES, mmap_mode='r')
-            self.num_classes = int(self.info['num_classes'])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            self.num_classes = self.info['num_classes']
+            found = [(x.shape, x.dtype) for x in (self.indices, self.scores)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as e:
             raise DataError(f'token_labels: {str(folder)!r} is no folder of label maps ({e}).') from e
-        if self.indices.shape != self.scores.shape or self.indices.ndim != 4 or len(names) != len(self.indices):
+        if type(self.num_classes) is not int or not 1 <= self.num_classes <= 2 ** 16:
+            raise DataError(f'token_labels: {self.folder / INFO}: num_classes is {self.num_classes!r:.100}.')
+        (shape, kind), (scores_shape, scores_kind) = found
+        if (kind, scores_kind) != (np.uint16, np.float16):
             raise DataError(
-                f'token_labels: {folder}: {len(names)} names, indices of shape {self.indices.shape} and scores of shape'
-                f' {self.scores.shape} do not fit.')
+                f'token_labels: {folder}: indices are {kind} and scores {scores_kind}, must be uint16 and float16.')
+        if shape != scores_shape or len(shape) != 4 or len(names) != shape[0] or min(shape) < 1:
+            raise DataError(
+                f'token_labels: {folder}: {len(names)} names, indices of shape {shape} and scores of shape'
+                f' {scores_shape} do not fit.')
+        if len(set(names)) < len(names):
+            raise DataError(f'token_labels: {self.folder / NAMES}: names an image twice.')
+        self._check_values(names)
         self.rows = {name: row for row, name in enumerate(names)}
+
+    def _check_values(self, names: List[str]) -> None:
+        size = max(1, _CHECKED // self.indices[0].size)
+        for start in range(0, len(names), size):
+            indices, scores = self.indices[start:start + size], self.scores[start:start + size]
+            wrong = (indices >= self.num_classes) | ~(np.isfinite(scores) & (scores >= 0.))
+            if wrong.any():
+                place = tuple(np.argwhere(wrong)[0])
+                raise DataError(
+                    f'token_labels: {self.folder}: {names[start + place[0]]!r} has class {indices[place]} with score'
+                    f' {scores[place]}, must be a class below {self.num_classes} and a finite score of at least 0.')
 
     def __getitem__(self, name: str) -> Tuple[torch.Tensor, torch.Tensor]:
         """Classes (k, h, w) int32 and probabilities (k, h, w) of an image."""
@@ -289,7 +311,7 @@ def make_label_maps(
     with replace_folder(folder, (NAMES, INDICES, SCORES, INFO)) as temporary:
         indices = scores = None
         row = 0
-        for batch, targets in require('tqdm').tqdm(loader, desc='label maps', unit='batch'):
+        for batch, targets in require('tqdm').tqdm(loader, desc='label maps', unit='batch', disable=None):
             if (targets < 0).any():
                 broken = images.names[row + (targets < 0).nonzero()[0].item()]
                 raise DataError(f'{broken}: cannot be read. Remove it from the data, or mend it.')

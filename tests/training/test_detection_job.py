@@ -107,24 +107,91 @@ def test_crowds_and_what_is_outside_are_left_out(coco):
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda c: c['annotations'][0].update(category_id=4), 'unlisted category 4'),
-    (lambda c: c['annotations'][0]['segmentation'].update(size=[48, 47]), 'a mask that cannot be read'),
-    (lambda c: c['annotations'][0].update(segmentation=dict(size=[48, 47], counts=[9, 48 * 47 - 9])), 'mask of 47 x'),
     (lambda c: c['images'][0].update(width=50), 'is of 48 x 48 pixels, its annotations of 50 x 48'),
     (lambda c: c['images'][0].update(file_name='gone.png'), 'gone.png'),
 ])
-def test_bad_annotations_are_named(coco, change, message):
-    _change(coco, lambda c: [c['annotations'][0].update(image_id=10), change(c)])
+def test_images_that_are_not_as_annotated(coco, change, message):
+    _change(coco, lambda c: [c.update(annotations=c['annotations'][-1:]), change(c)])
     train, _ = _objects(_recipe(data=str(coco)))
     with pytest.raises((DataError, OSError), match=message):
         train[0]
 
 
+def _first(key):
+    return lambda **values: lambda c: c[key][0].update(values)
+
+
+_annotation, _image = _first('annotations'), _first('images')
+
+
+@pytest.mark.parametrize('change, message', [
+    (_annotation(category_id=4), 'annotation 1 has an unlisted category 4'),
+    (_annotation(category_id=[3]), 'annotation 1 has an unlisted category'),
+    (_annotation(image_id=99), 'annotation 1 has an unlisted image 99'),
+    (_annotation(segmentation=dict(size=[48, 47], counts=[9, 48 * 47 - 9])), 'annotation 1 has a mask of size'),
+    (_annotation(segmentation=dict(size=[48, 48], counts=[9])), 'run lengths add up to 9, must be 2304'),
+    (_annotation(segmentation=dict(size=[48, 48], counts=[2305, -1])), 'run lengths are no whole numbers'),
+    (_annotation(segmentation=dict(size=[48, 48], counts='0' * 9)), 'run lengths add up to 0'),
+    (_annotation(segmentation=dict(size=[48, 48], counts='\u00ff\u0100')), 'run lengths cannot be read'),
+    (_annotation(segmentation=dict(size=[48, 48])), 'run lengths are no'),
+    (_annotation(segmentation=[[0, 0, 1e9, 0, 5, 5]]), 'no list of polygons'),
+    (_annotation(segmentation=[[0, 0, 1e6, 0, 5, 5]]), 'far beyond the image'),
+    (_annotation(segmentation=[[0, 0, 5, 5]]), 'no list of polygons'),
+    (_annotation(segmentation=[[0, 0, 5, '5', 1, 1]]), 'no list of polygons'),
+    (_annotation(segmentation='mask'), 'a mask of type str'),
+    (_annotation(segmentation=None), 'annotation 1 has no mask'),
+    (_annotation(bbox=[0, 0, float('nan'), 5]), 'has bbox'),
+    (_annotation(bbox=[0, 0, float('inf'), 5]), 'has bbox'),
+    (_annotation(bbox=[0, 0, 5]), 'has bbox'),
+    (_annotation(bbox=[0, 0, -5, 5]), 'has bbox'),
+    (_annotation(bbox={}), 'has bbox'),
+    (_annotation(iscrowd='0'), 'has iscrowd'),
+    (_annotation(area='9'), 'has area'),
+    (_annotation(area=float('inf')), 'has area'),
+    (_annotation(id='1'), "annotation at place 0 has id '1'"),
+    (_annotation(id=2), 'annotation 2 is there twice'),
+    (_image(id=11), 'image 11 is there twice'),
+    (_image(file_name='../x.png'), 'leaves the folder'), (_image(file_name='/etc/x.png'), 'leaves the folder'),
+    (_image(file_name=None), 'image 10 has file_name None'), (_image(height=None), 'image 10 has height None'),
+    (_image(width='48'), "image 10 has width '48'"), (_image(width=0), 'image 10 has width 0'),
+    (lambda c: c['categories'][0].pop('name'), 'category 3 has no name'),
+    (lambda c: c.update(annotations={}), 'annotations must be a list'),
+    (lambda c: c['images'].append(3), 'images must be a list of objects'),
+])
+def test_bad_annotations_are_named_when_they_are_opened(coco, change, message):
+    _change(coco, change)
+    with pytest.raises(DataError, match=rf'instances_train2017\.json: .*{message}'):
+        _objects(_recipe(data=str(coco)))
+
+
+def test_what_exporters_leave_out_is_filled_in(coco):
+    def change(content):
+        for annotation in content['annotations']:
+            del annotation['area'], annotation['iscrowd']
+
+    _change(coco, change)
+    train = _objects(_recipe(data=str(coco)))[0]
+    annotations = train.ground_truth().dataset['annotations']
+    areas = [mask.sum() for i in range(4) for mask in train.read(i).masks]
+    assert [a['area'] for a in annotations] == areas and not any(a['iscrowd'] for a in annotations)
+
+
+def test_code_of_run_lengths_is_that_of_pycocotools():
+    from pycocotools import mask
+
+    from elsa_models.dense.coco_format import _decode_counts
+    rng = np.random.default_rng(0)
+    for p in (0., 0.01, 0.5, 1.):
+        x = np.asfortranarray(rng.random((97, 131)) < p).astype(np.uint8)
+        counts = _decode_counts(mask.encode(x)['counts'].decode())
+        assert sum(counts) == x.size and sum(counts[1::2]) == x.sum()
+
+
 @pytest.mark.parametrize('change, message', [
     (lambda c: c.update(categories=[]), 'lists no categories'),
     (lambda c: c['categories'][0].update(name='ring'), 'other categories'),
-    (lambda c: c.update(images=[]), 'no images to train on'),
-    (lambda c: c.pop('images'), 'no images|cannot be read'),
+    (lambda c: c.update(images=[], annotations=[]), 'no images to train on'),
+    (lambda c: c.pop('images'), 'unlisted image|cannot be read'),
 ])
 def test_bad_data_sets_are_named(coco, change, message):
     _change(coco, change)
@@ -148,8 +215,8 @@ def test_boxes_without_masks_are_for_a_retinanet(coco, tmp_path):
     boxes = [_objects(_recipe(data=str(coco)))[0].read(i).boxes for i in range(4)]
     for split in ('train2017', 'val2017'):
         _change(coco, change, split)
-    with pytest.raises(DataError, match='annotation 1 has a mask that cannot be read'):
-        _objects(_recipe(data=str(coco)))[0].read(0)
+    with pytest.raises(DataError, match='annotation 1 has no mask'):
+        _objects(_recipe(data=str(coco)))
     recipe = _recipe(data=str(coco), detector='retinanet', detector_args={}, output=str(tmp_path / 'output'))
     images = _objects(recipe)[0]
     for i, expected in enumerate(boxes):

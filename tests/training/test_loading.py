@@ -9,6 +9,7 @@ from elsa_models.training import DataError, EvalLoader, RecipeError, TrainLoader
 from elsa_models.training.loading import Samples
 
 CPU = torch.device('cpu')
+CPU_WORLD = World(CPU)
 
 
 class Numbers(Dataset):
@@ -119,3 +120,21 @@ def test_stream_that_ends_early_is_an_error():
     stream.end = 5
     with pytest.raises(DataError, match='the stream ended early: 9 images were announced'):
         _epoch(TrainLoader(stream, 4, World(CPU), 0), 0)
+
+
+def test_few_images_are_passed_over_as_often_as_the_steps_take():
+    loader = TrainLoader(Numbers(5), 4, CPU_WORLD, 0, min_steps=7)
+    assert loader.steps >= 7 and loader.num_images == 5
+    steps = _epoch(loader, 0)
+    seen = [row[0] for step in steps for row in step]
+    assert all(abs(seen.count(i) - len(seen) / 5) <= 3 for i in range(5))
+    assert len({row for step in steps for row in step}) == len(seen)  # each is augmented in its own way
+    assert _epoch(loader, 0, 3) == steps[3:]
+    assert TrainLoader(Numbers(40), 4, CPU_WORLD, 0, min_steps=7).steps == 10
+
+
+def test_what_cannot_be_read_is_said_once(caplog):
+    samples = Samples(Numbers(4, broken=(2,)), 0)
+    for epoch in range(3):
+        assert samples[epoch, 2][0] == 3
+    assert caplog.text.count('image 2: broken') == 1 and samples.take_unreadable() == 3

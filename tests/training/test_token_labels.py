@@ -38,6 +38,33 @@ def _targets(classes, box=(0., 0., 1., 1.), flips=(False, False)):
         torch.tensor([flips]))
 
 
+@pytest.mark.parametrize('file, content, message', [
+    ('indices.npy', np.zeros((2, 1, 2, 2), np.int64), 'indices are int64'),
+    ('scores.npy', np.ones((2, 1, 2, 2), np.float32), 'scores float32'),
+    ('indices.npy', np.full((2, 1, 2, 2), 65535, np.uint16), "'a.png' has class 65535"),
+    ('scores.npy', np.full((2, 1, 2, 2), np.nan, np.float16), 'with score nan'),
+    ('scores.npy', np.full((2, 1, 2, 2), -1, np.float16), 'with score -1'),
+    ('indices.npy', np.zeros((2, 1, 0, 2), np.uint16), 'do not fit'),
+    ('indices.npy', np.zeros((3, 1, 2, 2), np.uint16), 'do not fit'),
+    ('indices.npy', b'cut', 'is no folder of label maps'),
+    ('indices.npy', b'', 'is no folder of label maps'),
+    ('names.txt', b'a.png\na.png\n', 'names an image twice'),
+    ('names.txt', b'\xff\xfe', 'is no folder of label maps'),
+    *(('info.json', text, 'num_classes|is no folder') for text in (
+        b'[]', b'{', b'{}', b'3', b'{"num_classes": "4"}', b'{"num_classes": 4.5}', b'{"num_classes": -1}',
+        b'{"num_classes": null}', b'{"num_classes": 1e400}', b'[' * 10000)),
+])
+def test_maps_are_checked_when_they_are_opened(tmp_path, file, content, message):
+    folder = _write(tmp_path / 'maps', ['a.png', 'b.png'], np.zeros((2, 1, 2, 2)), np.ones((2, 1, 2, 2)))
+    assert TokenMaps(folder).num_classes == 4
+    if isinstance(content, np.ndarray):
+        np.save(folder / file, content)
+    else:
+        (folder / file).write_bytes((folder / file).read_bytes()[:-3] if content == b'cut' else content)
+    with pytest.raises(DataError, match=f'token_labels: .*({message})'):
+        TokenMaps(folder)
+
+
 def test_whole_image_keeps_its_map():
     dense = _targets([[0, 1], [2, 3]]).dense((2, 2), 4)
     assert dense.shape == (1, 2, 2, 4) and dense.argmax(dim=-1).tolist() == [[[0, 1], [2, 3]]]

@@ -82,6 +82,7 @@ class ClassificationJob(Job):
             workers=recipe.workers,
             collate=collate_train,
             wrap=partial(normalised, data_config=self.data_config, device=world.device),
+            min_steps=recipe.steps_per_epoch,
         )
         self._eval_loader = self._create_eval_loader(world)
         self.task = self._create_task(model)

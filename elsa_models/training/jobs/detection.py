@@ -130,7 +130,7 @@ class DetectionJob(Job):
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_loader = TrainLoader(
             self.train_images, recipe.batch_size, world, recipe.seed, recipe.accumulate, recipe.workers,
-            collate=_collate)
+            collate=_collate, min_steps=recipe.steps_per_epoch)
         self._eval_loader = eval_batches(self.val_images, world, (None, None), recipe.workers)
         self._truth: Optional[COCO] = None
         self.task = DenseTask(model.to(world.device), losses_of, world.device)

@@ -92,7 +92,8 @@ class SegmentationJob(Job):
         if world.size > 1 and world.device.type == 'cuda':
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.train_loader = TrainLoader(
-            self.splits.train, recipe.batch_size, world, recipe.seed, recipe.accumulate, recipe.workers)
+            self.splits.train, recipe.batch_size, world, recipe.seed, recipe.accumulate, recipe.workers,
+            min_steps=recipe.steps_per_epoch)
         if self.train_loader.batch_size // (world.size * recipe.accumulate) < 2:
             raise RecipeError('batch_size: must leave two images to each process and part, for batch normalisation.')
         missing = (torch.zeros(3, 32, 32, dtype=torch.uint8), torch.full((32, 32), IGNORE))
