@@ -538,7 +538,7 @@ def test_set_input_size_equals_a_model_built_for_it(sizes):
     for size in sizes:
         model.set_input_size(img_size=size, window_size=2)
     fresh = _test_model(img_size=sizes[-1], **args)
-    windows = [[b.window_size for b in m.layers[3].blocks] for m in (model, fresh)]
+    windows = [[b.attn.window_size for b in m.layers[3].blocks] for m in (model, fresh)]
     shifts = [[b.attn.shift_size for b in m.layers[3].blocks] for m in (model, fresh)]
     assert windows[0] == windows[1] == [(2, 2)] * 2 and shifts[0] == shifts[1]
     fresh.load_state_dict(model.state_dict())

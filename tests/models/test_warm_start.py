@@ -124,7 +124,7 @@ def test_swin(size):
     assert set(report.resized) == (set() if size == 224 else tables)
     for k, x in source.state_dict().items():
         if k in tables and size != 224:
-            window = model.layers[3].blocks[0].window_size
+            window = model.layers[3].blocks[0].attn.window_size
             x = resize_rel_pos_bias_table(x, window, after[k].shape)
         if not k.startswith(local):
             assert torch.equal(after[k], x), k
