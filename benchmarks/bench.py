@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 import elsa_models
-from elsa_models.macs import count_macs
+from elsa_models.inspect import count_macs
 from elsa_models.ops import local_attention, local_attention_reference
 
 PAIRS = [

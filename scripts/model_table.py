@@ -10,7 +10,7 @@ from typing import List, Optional, Tuple
 import timm
 
 import elsa_models  # noqa: F401  registers the models
-from elsa_models.macs import count_macs
+from elsa_models.inspect import count_macs
 
 # top-1 at the input size of the name; of ELSA-VOLO, only these two were published
 _PUBLISHED = {

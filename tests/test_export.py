@@ -13,8 +13,9 @@ from helpers import assert_near
 
 import elsa_models
 from elsa_models import export_onnx
-from elsa_models.deploy import RotatedDepthwiseConv2d, rewrite_for_runtimes
+from elsa_models.export import rewrite_for_runtimes
 from elsa_models.layers import ElsaAttention
+from elsa_models.layers.rotated_conv import RotatedDepthwiseConv2d
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -189,7 +190,7 @@ def test_labels_of_a_saved_model(tmp_path):
 
 def test_external_data_only_when_needed(tmp_path, monkeypatch):
     model = _model('test_elsa_swin')
-    monkeypatch.setattr(elsa_models.export, '_MAX_PROTOBUF', 10 ** 6)
+    monkeypatch.setattr(elsa_models.export.onnx, '_MAX_PROTOBUF', 10 ** 6)
     path = export_onnx(model, tmp_path / 'model.onnx')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['model.onnx', 'model.onnx.data']
     assert path.stat().st_size < 10 ** 6
@@ -287,7 +288,7 @@ def test_bad_paths(tmp_path):
 def test_folder_that_cannot_be_written_to(tmp_path, monkeypatch, number, kind, message):
     def refuse(*args, **kwargs):
         raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(elsa_models.export.tempfile, 'mkdtemp', refuse)
+    monkeypatch.setattr(elsa_models.export.onnx.tempfile, 'mkdtemp', refuse)
     with pytest.raises(OSError, match=message) as caught:
         export_onnx(_model('test_elsa_swin'), tmp_path / 'model.onnx')
     assert caught.type is kind and list(tmp_path.iterdir()) == []
@@ -313,7 +314,7 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
         model = rewrite_for_runtimes(model)
         model.head.fc.bias = torch.nn.Parameter(model.head.fc.bias + .01)
         return model
-    monkeypatch.setattr(elsa_models.export, 'rewrite_for_runtimes', rewrite_wrongly)
+    monkeypatch.setattr(elsa_models.export.onnx, 'rewrite_for_runtimes', rewrite_wrongly)
     with pytest.raises(RuntimeError, match='differs from the model in logits by'):
         export_onnx(_model('test_elsa_swin'), tmp_path / 'model.onnx')
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b'earlier']

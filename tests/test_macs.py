@@ -9,7 +9,7 @@ from timm import create_model
 from timm.layers import set_fused_attn
 
 from elsa_models import ElsaAttention, set_backend
-from elsa_models.macs import count_macs, count_macs_by_op
+from elsa_models.inspect import count_macs, count_macs_by_op
 
 GMACS = {
     'elsa_swin_tiny': 4.771, 'elsa_swin_small': 9.558, 'elsa_swin_base': 16.666,

@@ -1,4 +1,4 @@
 """Dense prediction: backbones, detectors and segmenters on torchvision and segmentation_models_pytorch."""
-from .features import DenseBackbone, VoloPyramid
+from .features import DenseBackbone, SimplePyramid
 
-__all__ = ['DenseBackbone', 'VoloPyramid']
+__all__ = ['DenseBackbone', 'SimplePyramid']

@@ -1,4 +1,4 @@
-"""The ELSA authors' detectors and segmenters, whose parts are named as in mmdetection and mmsegmentation."""
+"""Detectors and segmenters of authors whose parts are named as in mmdetection and mmsegmentation."""
 import re
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Tuple, Union
@@ -7,8 +7,9 @@ import torch
 import torch.nn as nn
 
 from ..models._checkpoint import WeightsError, read_checkpoint, unwrap
-from ..models.elsa_swin import convert_authors
-from .detection import ElsaMaskRCNN
+from ..models._family import family_of
+from ..models._follow import follow
+from .detection import BackboneMaskRCNN
 from .features import DenseBackbone
 
 # names of mmdetection and mmsegmentation, and those of torchvision and segmentation_models_pytorch
@@ -57,6 +58,9 @@ _SEGMENTER = (
 )
 
 
+_NORM = re.compile(r'norm[0-3]\.')  # of the backbone's outputs
+
+
 class LoadReport(NamedTuple):
     """What became of the entries of a checkpoint."""
     loaded: Tuple[Tuple[str, str], ...]  # entries of the file, and of the model
@@ -88,7 +92,8 @@ def load_authors_checkpoint(model: nn.Module, path: Union[str, Path], heads: boo
     alone. Norms that the model lacks are left out. No code in them is run.
 
     Args:
-        model: A detector of `create_detector`, a `Segmenter` with UPerNet, or a `DenseBackbone`, with ELSA-Swin.
+        model: A detector of `create_detector`, a `Segmenter` with UPerNet, or a `DenseBackbone`; its backbone is a
+            model of which the authors released detectors, such as elsa_swin_tiny.
         path: File to read.
         heads: Load more than the backbone. Heads of other classes must be left out.
 
@@ -106,18 +111,25 @@ def load_authors_checkpoint(model: nn.Module, path: Union[str, Path], heads: boo
     if len(backbones) != 1:
         raise WeightsError(f'{type(model).__name__}: holds {len(backbones)} backbones, must be one.')
     name, backbone = backbones[0]
-    if 'layers_0' not in backbone.body:
-        raise WeightsError(f'{path}: has the entries of an ELSA-Swin, which the backbone is not.')
+    family = family_of(backbone.architecture)
+    if family is None or not family.reads_dense:
+        raise WeightsError(
+            f'{backbone.architecture}: must be the name of a model of which the authors released detectors.')
     place = f'{name}.' if name else ''
     prefix = 'backbone.' if any(k.startswith('backbone.') for k in found) else ''
-    bare = {k[len(prefix):]: x for k, x in found.items() if k.startswith(prefix)}
-    rules = _DETECTOR if isinstance(model, ElsaMaskRCNN) else _SEGMENTER if name else ()
+    body = {k: x for k, x in found.items() if k.startswith(prefix) and not _NORM.match(k[len(prefix):])}
+    body = {k[len(prefix):]: x for k, x in body.items()}
+    targets_of, converted = follow(body, family.to_own_names), family.to_own_names(body)
+    rules = _DETECTOR if isinstance(model, BackboneMaskRCNN) else _SEGMENTER if name else ()
     fitted: Dict[str, torch.Tensor] = {}
     loaded: List[Tuple[str, str]] = []
     unused = []
     for key, x in found.items():
-        if key.startswith(prefix):
-            targets = _convert_backbone(key[len(prefix):], x, bare, place, backbone)
+        bare = key[len(prefix):]
+        if bare in body and key.startswith(prefix):
+            targets = {place + _in_body(k, backbone): converted[k] for k in targets_of[bare]}
+        elif key.startswith(prefix) and _NORM.match(bare):
+            targets = {place + bare: x} if isinstance(getattr(backbone, bare[:5]), nn.LayerNorm) else {}
         else:
             targets = {}
             for pattern, replacement in rules if heads else ():
@@ -142,20 +154,9 @@ def load_authors_checkpoint(model: nn.Module, path: Union[str, Path], heads: boo
     return LoadReport(tuple(loaded), tuple(unused), tuple(missing))
 
 
-def _convert_backbone(
-        key: str,
-        x: torch.Tensor,
-        entries: Dict[str, torch.Tensor],
-        place: str,
-        backbone: DenseBackbone,
-) -> Dict[str, torch.Tensor]:
-    """The entries of the model that one of the authors' backbone becomes."""
-    if re.match(r'norm[0-3]\.', key):
-        return {} if isinstance(getattr(backbone, key[:5]), nn.Identity) else {place + key: x}
-    # whether rows are reordered hangs on the table beside them
-    table = key.rpartition('.pre_proj.')[0] + '.rb'
-    company = {table: entries[table]} if '.pre_proj.' in key and table in entries else {}
-    out = convert_authors({key: x, **company})
-    for k in convert_authors(company):
-        out.pop(k, None)
-    return {f'{place}body.{re.sub(r"^layers[.]", "layers_", k)}': v for k, v in out.items()}
+def _in_body(name: str, backbone: DenseBackbone) -> str:
+    """The name in a `DenseBackbone` of a classifier's entry: timm flattens the names of stages."""
+    for stage in backbone.body.feature_info.module_name():
+        if name.startswith(f'{stage}.'):
+            name = stage.replace('.', '_') + name[len(stage):]
+    return f'body.{name}'

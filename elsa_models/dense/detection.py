@@ -19,7 +19,7 @@ from torchvision.ops.poolers import LevelMapper
 from torchvision.transforms.v2 import functional as vf
 
 from .._images import read_image
-from ..layers.arguments import check_keys
+from ..layers.arguments import check_known
 from .cascade import CascadeRoIHeads
 from .features import DenseBackbone
 from .saved import load_model
@@ -103,11 +103,11 @@ class _Backboned:
         return tuple(f'backbone.body.{name}' for name in self.backbone.body.no_weight_decay())
 
 
-class ElsaMaskRCNN(_Backboned, MaskRCNN):
+class BackboneMaskRCNN(_Backboned, MaskRCNN):
     """torchvision's Mask R-CNN."""
 
 
-class ElsaRetinaNet(_Backboned, RetinaNet):
+class BackboneRetinaNet(_Backboned, RetinaNet):
     """torchvision's RetinaNet."""
 
 
@@ -155,7 +155,7 @@ def create_detector(
     known = inspect.signature(kind.__init__).parameters.keys() - _GIVEN
     if detector == 'cascade_mask_rcnn':  # each head has its own
         known = known - {'box_fg_iou_thresh', 'box_bg_iou_thresh', 'bbox_reg_weights'}
-    check_keys('detector_args', detector_args or {}, known)  # torchvision drops those that it does not know
+    check_known('detector_args', detector_args or {}, known)  # torchvision drops those that it does not know
     args = dict(
         min_size=min_size, max_size=max_size, image_mean=mean, image_std=std, _skip_resize=True,
         **(detector_args or {}))
@@ -163,12 +163,12 @@ def create_detector(
     ratios = ((0.5, 1., 2.),) * 5
     if detector == 'retinanet':
         scales = tuple(tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes)
-        model = ElsaRetinaNet(
+        model = BackboneRetinaNet(
             FpnBackbone(backbone, fpn_channels, first=1), outputs, anchor_generator=AnchorGenerator(scales, ratios),
             **args)
         model.head.register_forward_hook(_widen)
         return model
-    model = ElsaMaskRCNN(
+    model = BackboneMaskRCNN(
         FpnBackbone(backbone, fpn_channels),
         rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in anchor_sizes), ratios),
         box_roi_pool=AlignedRoIAlign(7),

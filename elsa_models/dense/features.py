@@ -1,4 +1,5 @@
 """Maps of strides 4, 8, 16 and 32 from hierarchical backbones of timm, as detectors and segmenters want them."""
+import inspect
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
@@ -7,15 +8,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layers.sizes import sizes_are_open
-from ..models._warm_start import warm_start as start_from_relative
-from ..models.elsa_swin import ElsaSwin
-from ..models.elsa_volo import ElsaVolo
+from ..models import family_of, warm_start as start_from_relative
 
 STRIDES = (4, 8, 16, 32)
 
 
-class VoloPyramid(nn.Module):
-    """Maps of strides 4, 8, 16 and 32 from ELSA-VOLO's of 8 and 16.
+class SimplePyramid(nn.Module):
+    """Maps of strides 4, 8, 16 and 32 from those of 8 and 16.
 
     As in `Exploring Plain Vision Transformer Backbones for Object Detection` - https://arxiv.org/abs/2203.16527: a
     transposed convolution makes the finest, max pooling the coarsest.
@@ -52,11 +51,13 @@ class VoloPyramid(nn.Module):
 class DenseBackbone(nn.Module):
     """A backbone of timm that takes images of any size and returns four maps, each with a LayerNorm of its own.
 
-    The norms, `norm0` to `norm3`, are those of the ELSA authors' detection backbone. Of ELSA-VOLO the first and the
-    last stage go through a `VoloPyramid`. ELSA-Swin's last stage pads and shifts as the authors' detection backbone
-    does (`always_partition` and `pad_before_shift` of `ElsaSwin`); `model_args` can say otherwise.
+    Of models with more maps than the four, or several of one stride, the last of each stride are taken. Those whose
+    maps are of strides 8 and 16 go through a `SimplePyramid`. Windows are cut on every map, as the detection code of
+    Swin's authors does (`always_partition`), and families have settings of their own for dense tasks, such as
+    `pad_before_shift` of `elsa_swin_tiny`; `model_args` can say otherwise. The norms are `norm0` to `norm3`.
 
     Attributes:
+        architecture: Name of the model.
         channels: Channels of each map.
     """
 
@@ -73,7 +74,7 @@ class DenseBackbone(nn.Module):
     ) -> None:
         """
         Args:
-            model: timm's name of a model with maps of strides 4, 8, 16 and 32, or an ELSA-VOLO of strides 8 and 16.
+            model: timm's name of a model with maps of strides 4, 8, 16 and 32, or of 8 and 16.
             pretrained: Start from the model's weights.
             checkpoint: Start from the weights of a classifier in this file.
             warm_start: Start from what a related model shares with this one, see `elsa_models.warm_start`; the rest is
@@ -90,17 +91,20 @@ class DenseBackbone(nn.Module):
         if output_fmt not in ('NCHW', 'NHWC'):
             raise ValueError(f"output_fmt: got {output_fmt!r}, must be 'NCHW' or 'NHWC'.")
         self.output_fmt = output_fmt
+        self.architecture = model
         args = dict(model_args or {})
         with torch.device('meta'):
             probe = timm.create_model(model, **args)
-        if isinstance(probe, (ElsaSwin, ElsaVolo, timm.models.SwinTransformer)):
-            args = dict(dynamic_img_size=True, **args)
-        if isinstance(probe, timm.models.SwinTransformer):
-            args.setdefault('always_partition', True)
-        if isinstance(probe, ElsaSwin):
-            args.setdefault('pad_before_shift', True)
-        if isinstance(probe, ElsaVolo):
-            args['out_indices'] = (0, len(probe.stage_ends) - 1)
+        family, known = family_of(probe), inspect.signature(type(probe).__init__).parameters
+        for name in ('dynamic_img_size', 'always_partition'):
+            if name in known:
+                args.setdefault(name, True)
+        for name, value in family.dense_args.items() if family is not None else ():
+            args.setdefault(name, value)
+        reductions = [info['reduction'] for info in probe.feature_info]
+        last = {r: i for i, r in enumerate(reductions) if r in STRIDES}
+        if len(last) > 1 and len(last) < len(reductions):
+            args['out_indices'] = tuple(last.values())
         weights: Dict[str, Any] = dict(pretrained=pretrained)
         if checkpoint is not None:
             weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=checkpoint))
@@ -112,45 +116,43 @@ class DenseBackbone(nn.Module):
         self._is_nhwc = getattr(self.body, 'output_fmt', 'NCHW') == 'NHWC'
         channels, strides = self.body.feature_info.channels(), tuple(self.body.feature_info.reduction())
         self.pyramid = None
-        if isinstance(probe, ElsaVolo) and strides == STRIDES[1:3]:
-            self.pyramid = VoloPyramid(channels)
+        if strides == STRIDES[1:3]:
+            self.pyramid = SimplePyramid(channels)
             channels = self.pyramid.channels
         elif strides != STRIDES:
             raise ValueError(f'model: {model!r} has maps of strides {strides}, must be {STRIDES}.')
         self.channels = tuple(channels)
         for i, width in enumerate(self.channels):
             setattr(self, f'norm{i}', nn.LayerNorm(width) if norms else nn.Identity())
-        if not 0 <= frozen_stages <= 1 + len(self._stages()):
-            raise ValueError(f'frozen_stages: got {frozen_stages}, must be from 0 to {1 + len(self._stages())}.')
+        most = 1 + len(self._parts()[1])
+        if not 0 <= frozen_stages <= most:
+            raise ValueError(f'frozen_stages: got {frozen_stages}, must be from 0 to {most}.')
         self.frozen_stages = frozen_stages
         for module in self._frozen():
             module.requires_grad_(False)
 
-    def _stages(self) -> List[List[nn.Module]]:
-        """The modules of each stage; those before the first stage are its first but not listed."""
-        if self.pyramid is not None:
-            network, ends = self.body.model.network, self.body.model.stage_ends
-            return [list(network[start + 1:end + 1]) for start, end in zip([-1, *ends], ends)]
-        stages: List[List[nn.Module]] = []
-        group: List[nn.Module] = []
-        for name, module in self.body.items():
-            group.append(module)
-            if name in self.body.return_layers:
-                stages.append(group)
-                group = []
-        stages[0] = stages[0][-1:]
-        return stages
+    def _parts(self) -> Tuple[List[nn.Module], List[List[nn.Module]]]:
+        """The modules before the first stage, and those of each stage."""
+        if hasattr(self.body, 'return_layers'):  # the modules in the order of their running
+            stages: List[List[nn.Module]] = [[]]
+            for name, module in self.body.items():
+                stages[-1].append(module)
+                if name in self.body.return_layers:
+                    stages.append([])
+            first = stages[0]
+            return first[:-1], [first[-1:], *stages[1:-1]]
+        model = self.body.model  # it has its stages in a list
+        places = [info['module'].rpartition('.') for info in model.feature_info]
+        modules = model.get_submodule(places[0][0])
+        ends = [int(index) for _, _, index in places if int(index) < len(modules)]
+        children = [module for _, module in model.named_children()]
+        stem = children[:next(i for i, m in enumerate(children) if m is modules)]
+        return stem, [list(modules[start + 1:end + 1]) for start, end in zip([-1, *ends], ends)]
 
     def _frozen(self) -> List[nn.Module]:
         if self.frozen_stages == 0:
             return []
-        stages = self._stages()
-        first = stages[0][0]
-        if self.pyramid is not None:
-            stem = [self.body.model.patch_embed]
-        else:
-            modules = list(self.body.values())
-            stem = modules[:next(i for i, m in enumerate(modules) if m is first)]
+        stem, stages = self._parts()
         return stem + [m for stage in stages[:self.frozen_stages - 1] for m in stage]
 
     def train(self, mode: bool = True) -> 'DenseBackbone':

@@ -1,24 +1,27 @@
 """Semantic segmentation: any decoder of segmentation_models_pytorch on any backbone of `DenseBackbone`."""
 import inspect
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import segmentation_models_pytorch as smp
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from segmentation_models_pytorch.encoders import encoders
 
 from .._images import normalise
-from ..layers.arguments import check_keys
+from ..layers.arguments import check_known
 from ..layers.sizes import sizes_are_open
+from ..models import families
 from .features import DenseBackbone
 from .metrics import IGNORE, check_labels
 from .saved import load_model
 
 TASK = 'semantic-segmentation'
 _STRIDE = 32
+_ENCODER = 'elsa_models.dense'  # in the library's registry
+_backbone: ContextVar[DenseBackbone] = ContextVar('backbone')  # of the encoder to be made
 _GIVEN = {'self', 'kwargs', 'encoder_name', 'encoder_weights', 'in_channels', 'classes'}  # not to be given again
 
 
@@ -58,16 +61,21 @@ class PyramidEncoder(nn.Module):
         return [x, empty, *self.backbone(x)]
 
 
-def _register_volo() -> None:
-    # the library's own encoder for timm's models, tu-NAME, takes no strides of 8 and 16
-    def make(model: str, **kwargs) -> PyramidEncoder:
+def _register() -> None:
+    # the library makes encoders by name alone. Nothing is registered later, so that threads do not meet
+    def from_backbone(**kwargs) -> PyramidEncoder:
+        return PyramidEncoder(_backbone.get(), **kwargs)
+
+    def from_name(model: str, **kwargs) -> PyramidEncoder:
         return PyramidEncoder(DenseBackbone(model, model_args=dict(img_size=224)), **kwargs)
 
-    for name in timm.list_models('elsa_volo_*'):
-        encoders.setdefault(name, dict(encoder=make, pretrained_settings={}, params=dict(model=name)))
+    encoders[_ENCODER] = dict(encoder=from_backbone, pretrained_settings={}, params={})
+    # the library's own encoders for timm's models, tu-NAME, take no strides of 8 and 16
+    for name in [name for family in families() for name in family.model_names if not name.startswith('test_')]:
+        encoders.setdefault(name, dict(encoder=from_name, pretrained_settings={}, params=dict(model=name)))
 
 
-_register_volo()
+_register()
 
 
 class _AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
@@ -119,19 +127,17 @@ class Segmenter(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f'num_classes: got {num_classes}, must be at least 2.')
-        name = 'elsa_models.dense'
-        encoders[name] = dict(
-            encoder=lambda **kwargs: PyramidEncoder(backbone, **kwargs), pretrained_settings={}, params={})
+        token = _backbone.set(backbone)
         try:
             self.net = smp.create_model(
-                decoder, name, encoder_weights=None, classes=num_classes, **(decoder_args or {}))
+                decoder, _ENCODER, encoder_weights=None, classes=num_classes, **(decoder_args or {}))
         except (KeyError, RuntimeError, TypeError) as e:
             raise ValueError(f'decoder: {decoder!r} with decoder_args {decoder_args or {}} is not possible. {e}') from e
         finally:
-            del encoders[name]
+            _backbone.reset(token)
         # the library hands what it does not know to the encoder, and drops it there
         known = inspect.signature(type(self.net).__init__).parameters.keys() - _GIVEN
-        check_keys('decoder_args', decoder_args or {}, known)
+        check_known('decoder_args', decoder_args or {}, known)
         for parent in list(self.net.modules()):
             for key, child in parent.named_children():
                 if isinstance(child, nn.AdaptiveAvgPool2d):

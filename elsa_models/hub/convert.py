@@ -1,4 +1,4 @@
-"""From any checkpoint that holds ELSA, or a relative of it, to a folder that plain timm reads."""
+"""From a checkpoint of one of our models, or of a relative, to a folder that plain timm reads."""
 import json
 import warnings
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ import torch
 import torch.nn as nn
 
 from .._files import replace_folder
-from ..macs import count_macs
-from ..models import warm_start
+from ..inspect import count_macs
+from ..models import Family, families, family_of, warm_start
 from ..models._checkpoint import WeightsError, fit_weights, read_checkpoint, unwrap
+from ..models._follow import follow
 from ..models._saving import save_folder
-from ..models.elsa_swin import ElsaSwin, convert_authors, is_authors
 from .cache import sha256_of
 from .resolve import checkpoint_filter_of
 
@@ -22,8 +22,10 @@ _UNKNOWN = 'unknown'  # licence
 KINDS = ('auto', 'weights', 'backbone', 'warm-start')
 FILES = ('README.md', 'config.json', 'model.safetensors')  # of a converted folder
 _BACKBONE = 'backbone.'  # prefix in checkpoints of detectors and segmenters
-_ACTIONS = ('same', 'renamed', 'reshaped', 'transposed', 'reordered', 'split', 'resized', 'dropped', 'missing')
+_ACTIONS = (
+    'same', 'renamed', 'reshaped', 'transposed', 'reordered', 'split', 'joined', 'resized', 'dropped', 'missing')
 
+StateDict = Dict[str, torch.Tensor]
 Row = Tuple[str, Tuple[str, ...], Tuple[str, ...]]  # entry of the file, entries of the model, actions
 
 
@@ -32,8 +34,9 @@ class KeyReport:
     """What became of each entry of a checkpoint, and of each entry of the model.
 
     `rows` are an entry of the file, entries of the model and what was done: 'same', 'renamed', 'reshaped' (other
-    shape, same order of values), 'transposed' (position tables), 'reordered' (rows in another order), 'split',
-    'resized' (resampled), 'dropped' (no entries of the model), 'missing' (no entry of the file).
+    shape, same order of values), 'transposed' (matrices, whose rows may be reordered, too), 'reordered' (values in
+    another order), 'split', 'joined' (with other entries), 'resized' (resampled), 'dropped' (no entries of the model),
+    'missing' (no entry of the file).
     """
     rows: Tuple[Row, ...]
 
@@ -61,45 +64,42 @@ class Conversion:
     label_names: Optional[List[str]] = None  # of the classes, where they are known
 
 
-def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.numel() == b.numel() and torch.equal(a.reshape(-1), b.reshape(-1))
+def _actions(x: torch.Tensor, targets: StateDict, key: str) -> List[str]:
+    """What was done to an entry of a file, by the entries of the model that it went to. See `follow`."""
+    actions = []
+    if tuple(targets) != (key,):
+        actions.append('split' if len(targets) > 1 else 'renamed')
+    if len(targets) > 1:
+        return actions
+    places, = targets.values()
+    order = torch.arange(x.numel(), dtype=places.dtype)
+    if places.numel() != x.numel():
+        actions.append('joined' if places.numel() > x.numel() else 'split')
+    elif torch.equal(places.flatten(), order):
+        if places.shape != x.shape:
+            actions.append('reshaped')
+    elif x.dim() == 2 and torch.equal(places.sort(dim=0).values, order.view(x.shape).t()):
+        actions.append('transposed')
+    else:
+        actions.append('reordered')
+    return actions
 
 
-def _trace(found: Dict[str, torch.Tensor], fitted: Dict[str, torch.Tensor], model: nn.Module) -> List[Row]:
-    """Follow each entry of a file through renaming alone, together with the one entry that its meaning hangs on."""
-    of_authors = is_authors(found)
-    rows, reached = [], set()
-    for key, x in found.items():
-        renamed = {key: x}
-        if of_authors:
-            table = key.rpartition('.pre_proj.')[0] + '.rb'
-            company = {table: found[table]} if '.attn.pre_proj.' in key and table in found else {}
-            renamed = convert_authors({**company, key: x})
-            for k in convert_authors(company):
-                renamed.pop(k, None)
-        targets = tuple(k for k in renamed if k in fitted)
+def _trace(found: StateDict, fitted: StateDict, model: nn.Module, family: Family) -> List[Row]:
+    """What became of each entry of a file, and which entries of the model come from none."""
+    renamed, rows, reached = family.to_own_names(found), [], set()
+    for key, targets in follow(found, family.to_own_names).items():
+        targets = {k: places for k, places in targets.items() if k in fitted}
         reached.update(targets)
-        actions = []
-        if not targets:
-            actions.append('dropped')
-        elif targets != (key,):
-            actions.append('split' if len(targets) > 1 else 'renamed')
-        for target in targets:
-            before, after = renamed[target], fitted[target]
-            if key.endswith('.rb'):
-                actions.append('transposed')
-            elif len(targets) == 1 and not _same_values(x, before):
-                actions.append('reordered')
-            elif len(targets) == 1 and x.shape != before.shape:
-                actions.append('reshaped')
-            if before.shape != after.shape or not torch.equal(before, after):
-                actions.append('resized')
-        rows.append((key, targets, tuple(dict.fromkeys(actions)) or ('same',)))
+        actions = _actions(found[key], targets, key) if targets else ['dropped']
+        if any(renamed[k].shape != fitted[k].shape or not torch.equal(renamed[k], fitted[k]) for k in targets):
+            actions.append('resized')
+        rows.append((key, tuple(targets), tuple(actions) or ('same',)))
     rows += [('-', (k,), ('missing',)) for k in model.state_dict() if k not in reached]
     return rows
 
 
-def _take_backbone(state_dict: Dict[str, torch.Tensor]) -> Dict[str, str]:
+def _take_backbone(state_dict: StateDict) -> Dict[str, str]:
     """Names of the entries of a classifier without head that are inside a detector or segmenter, and theirs there.
 
     The last of its four norms, one for each output, is on the same map as the norm of a classifier.
@@ -110,18 +110,15 @@ def _take_backbone(state_dict: Dict[str, torch.Tensor]) -> Dict[str, str]:
     return {f'norm.{k[len("norm3."):]}' if k.startswith('norm3.') else k: name for k, name in names.items()}
 
 
-def _guess_kind(state_dict: Dict[str, torch.Tensor]) -> str:
+def _guess_kind(state_dict: StateDict, family: Family) -> str:
     if any(k.startswith((_BACKBONE, 'norm3.')) for k in state_dict):
         return 'backbone'
-    has_elsa = any(k.endswith(('.attn.attn_conv.weight', '.attn.attn.0.weight')) for k in state_dict)
-    return 'weights' if has_elsa else 'warm-start'
+    if family.is_authors(state_dict) or any(k.endswith(tuple(f'.{m}' for m in family.marks)) for k in state_dict):
+        return 'weights'
+    return 'warm-start'
 
 
-def _is_own(architecture: str) -> bool:
-    return timm.is_model(architecture) and not timm.models.model_entrypoint(architecture).__module__.startswith('timm.')
-
-
-def _num_classes(state_dict: Dict[str, torch.Tensor]) -> int:
+def _num_classes(state_dict: StateDict) -> int:
     for key in ('head.fc.weight', 'head.weight'):
         x = state_dict.get(key)
         if x is not None and x.dim() == 2:
@@ -139,8 +136,8 @@ def convert(
     """Read a checkpoint into a model of this package.
 
     Args:
-        path: File of the authors' or our training, classification, detection or segmentation; or of timm's Swin or
-            VOLO, of which what is shared is copied.
+        path: File of the authors' or our training, classification, detection or segmentation; or of a relative in
+            timm, of which what is shared is copied.
         architecture: Name of the entry point.
         kind: 'weights' are those of the whole classifier, 'backbone' is that inside a detector or segmenter,
             'warm-start' is a relative; 'auto' decides by the names of the entries.
@@ -155,11 +152,13 @@ def convert(
     if kind not in KINDS:
         raise ValueError(f'kind: got {kind!r}, must be one of {", ".join(KINDS)}.')
     path, model_args = Path(path), dict(model_args or {})
-    if not _is_own(architecture):
-        raise ValueError(f'architecture: got {architecture!r}, must be one of {", ".join(timm.list_models("*elsa*"))}.')
+    family = family_of(architecture)
+    if family is None:
+        known = ', '.join(name for f in families() for name in f.model_names)
+        raise ValueError(f'architecture: got {architecture!r}, must be one of {known}.')
     found = unwrap(read_checkpoint(path, use_ema))
     if kind == 'auto':
-        kind = _guess_kind(found)
+        kind = _guess_kind(found, family)
     if kind == 'warm-start':
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -181,17 +180,17 @@ def convert(
     if kind == 'backbone':
         names = _take_backbone(found)
         summary = 'The backbone of a detection or segmentation model, without classifier.'
-    elif is_authors(found):
-        summary = 'From a checkpoint of the ELSA authors\' training code.'
+    elif family.is_authors(found):
+        summary = 'From a checkpoint of the authors\' training code.'
     else:
         summary = 'From a checkpoint of a training with this package.'
     taken = {k: found[name] for k, name in names.items()}
     model_args.setdefault('num_classes', 0 if kind == 'backbone' else _num_classes(taken))
     meta = timm.create_model(architecture, device='meta', **model_args)
-    if kind == 'backbone' and not isinstance(meta, ElsaSwin):
-        raise WeightsError(f'{path}: has the entries of an ELSA-Swin, which {architecture} is not.')
+    if kind == 'backbone' and not family.reads_dense:
+        raise WeightsError(f'{path}: has the entries of a backbone with four norms, which {architecture} is not.')
     fitted = fit_weights(taken, meta, checkpoint_filter_of(meta))
-    rows = _trace(taken, fitted, meta)
+    rows = _trace(taken, fitted, meta, family)
     rows = [_with_original_name(row, names) for row in rows]
     kept = set(names.values())
     rows += [(k, (), ('dropped',)) for k in found if k not in kept]
@@ -199,7 +198,7 @@ def convert(
     if hasattr(model, 'init_non_persistent_buffers'):
         model.init_non_persistent_buffers()
     model.load_state_dict(fitted)
-    license = timm.get_pretrained_cfg(architecture).license if is_authors(taken) else _UNKNOWN
+    license = timm.get_pretrained_cfg(architecture).license if family.is_authors(taken) else _UNKNOWN
     return Conversion(model, kind, KeyReport(tuple(rows)), summary, license, _label_names(path, model.num_classes))
 
 
@@ -228,7 +227,7 @@ license: {license}
 tags:
 - {task}
 - timm
-- elsa
+- {family}
 ---
 ```python
 import elsa_models  # from a clone of its repository: pip install . Without it timm does not know the model
@@ -253,9 +252,14 @@ model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True)
 
 No accuracy is stated: none was measured on this file.
 
-Paper: [What Limits the Performance of Local Self-attention?](https://arxiv.org/abs/2112.12786) (ELSA), IJCV 2023.
+Paper: {paper}.
 Code: elsa_models{origin}. Licence: {license}.
 '''
+
+
+def _paper(cfg: Dict[str, Any]) -> str:
+    name, number = cfg['paper_name'], (cfg['paper_ids'] or '').removeprefix('arXiv:')
+    return f'[{name}](https://arxiv.org/abs/{number})' if number else str(name)
 
 
 def model_card(conversion: Conversion, name: str, license: str, source_sha256: str, sha256: str) -> str:
@@ -272,6 +276,8 @@ def model_card(conversion: Conversion, name: str, license: str, source_sha256: s
         name=name,
         summary=conversion.summary,
         architecture=cfg['architecture'],
+        family=family_of(model).name,
+        paper=_paper(cfg),
         num_params=num_params,
         millions=num_params / 1e6,
         gmacs=count_macs(model) / 1e9,
@@ -346,7 +352,7 @@ def check_folder(folder: Union[str, Path]) -> Dict[str, Any]:
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         architecture = config['architecture']
-        is_own = _is_own(architecture)
+        is_own = family_of(architecture) is not None
     except Exception as e:  # json can hold anything
         raise WeightsError(f'{folder / "config.json"}: cannot be read ({type(e).__name__}: {e}).') from e
     if not is_own:

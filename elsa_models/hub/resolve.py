@@ -3,9 +3,8 @@ import logging
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
 
 import timm
 import torch
@@ -13,7 +12,8 @@ import torch.nn as nn
 from timm.models import PretrainedCfg
 from timm.models._hub import hf_split
 
-from ..models._checkpoint import WeightsError, fit_weights, read_checkpoint, set_weights_finder
+from ..models._checkpoint import WeightsError, filter_of, fit_weights, read_checkpoint, set_weights_finder
+from ..models._family import family_of
 from .cache import CacheEntry, cache_root, sha256_of
 from .sources import SourceError, download_from_drive, download_from_hub, drive_id, explain
 
@@ -50,23 +50,23 @@ def get_hub_namespace() -> str:
     return os.environ.get(_NAMESPACE_VARIABLE, '') if _namespace is None else _namespace
 
 
-def checkpoint_filter_of(model: nn.Module) -> Any:
+def checkpoint_filter_of(model: nn.Module) -> Callable[[Dict[str, Any], nn.Module], Dict[str, torch.Tensor]]:
     """The function that fits checkpoints to models of this family.
 
     Raises:
         TypeError: It is no model of this package.
     """
-    filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
-    if filter_fn is None or not type(model).__module__.startswith(f'{__package__.partition(".")[0]}.'):
-        raise TypeError(f'model: got {type(model).__name__}, must be an ElsaSwin or ElsaVolo.')
-    return filter_fn
+    family = family_of(model)
+    if family is None:
+        raise TypeError(f'model: got {type(model).__name__}, must be a model of this package.')
+    return filter_of(family)
 
 
 def load_weights(model: nn.Module, path: Union[str, Path], use_ema: bool = True) -> None:
     """Load a checkpoint file into a model that exists, classifier included.
 
     Args:
-        model: An `ElsaSwin` or `ElsaVolo`.
+        model: A model of this package.
         path: Any checkpoint that `pretrained_cfg_overlay=dict(file=...)` takes.
         use_ema: Take the averaged weights where the checkpoint has them.
 

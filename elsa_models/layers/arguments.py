@@ -20,7 +20,7 @@ def whole_number(name: str, value: Any, low: int = 1) -> int:
     return number
 
 
-def check_keys(name: str, keys: Iterable[str], known: Collection[str]) -> None:
+def check_known(name: str, keys: Iterable[str], known: Collection[str]) -> None:
     """Require that the keys of further arguments are known.
 
     Raises:

@@ -409,14 +409,14 @@ def build_model(
         pretrained: Load weights.
         pretrained_cfg: As in `timm.create_model`.
         pretrained_cfg_overlay: As in `timm.create_model`; `use_ema=False` beside `file` passes over averaged weights.
-        filter_fn: Fits a checkpoint to the model; that of the variant's family if None.
+        filter_fn: Fits a checkpoint to the model; that of the model's family if None.
         relative: Name of timm's weights to advise for a start where no weights are known; that of the family if None.
         **kwargs: Further arguments of `build_model_with_cfg` and of the model.
 
     Raises:
         WeightsError: Weights are asked for but none are known or can be found, or those found do not fit.
     """
-    family = family_of(variant)
+    family = family_of(model_cls)
     if family is not None:
         filter_fn = filter_fn or filter_of(family)
         relative = relative or family.relatives.get(variant)

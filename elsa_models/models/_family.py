@@ -71,15 +71,26 @@ def families() -> Tuple[Family, ...]:
     return tuple(_families.values())
 
 
-def family_of(model: Union[str, nn.Module]) -> Optional[Family]:
-    """The family of a model, or of an entry point by its name; None if it is not one of ours."""
+def family_of(model: Union[str, nn.Module, Type[nn.Module]]) -> Optional[Family]:
+    """The family of a model, of a class of models, or of an entry point by its name; None if it is not one of ours.
+
+    An entry point in a file of no family, such as a user's, belongs to the family whose class it builds.
+    """
+    if isinstance(model, type):
+        return next((f for cls in model.__mro__ for f in _families.values() if f.model_cls is cls), None)
     if isinstance(model, nn.Module):
         name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
-        family = family_of(name) if name else None
+        family = _family_by_file(name) if name else None
         if family is not None and isinstance(model, family.model_cls):
             return family
-        return next((f for f in _families.values() if type(model) is f.model_cls), None)
+        return family_of(type(model))
     name = model.partition('.')[0]
+    if not timm.is_model(name) or timm.models.model_entrypoint(name).__module__.startswith('timm.'):
+        return None
+    return _family_by_file(name) or family_of(timm.create_model(name, device='meta'))
+
+
+def _family_by_file(name: str) -> Optional[Family]:
     if not timm.is_model(name):
         return None
     module = timm.models.model_entrypoint(name).__module__

@@ -283,7 +283,6 @@ class SwinLike(nn.Module):
         """The last linear layer."""
         return self.head.fc
 
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the classifier.
 
@@ -298,7 +297,6 @@ class SwinLike(nn.Module):
         if global_pool is not None:
             self.global_pool = global_pool
 
-    @torch.jit.ignore
     def set_input_size(
             self,
             img_size: Optional[_int_or_pair] = None,
@@ -409,7 +407,6 @@ class SwinLike(nn.Module):
 
         return x, intermediates
 
-    @torch.jit.ignore
     def prune_intermediate_layers(
             self,
             indices: Union[int, List[int]] = 1,

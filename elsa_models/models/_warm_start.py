@@ -9,12 +9,10 @@ import torch.nn as nn
 from timm.models import adapt_input_conv
 
 from ._checkpoint import WeightsError, explain_download, fit_positions, read_checkpoint, unwrap
-from .elsa_swin import ElsaSwin, to_own_names
-from .elsa_volo import ElsaVolo
+from ._family import family_of
 
 _HUB_SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 _FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar', '.ckpt')
-_FIRST_CONVS = ('patch_embed.proj.weight', 'patch_embed.conv.0.weight')
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,9 @@ def _read_source(source: Union[str, Path, nn.Module], use_ema: bool) -> Tuple[st
     return name, read_checkpoint(source, use_ema)
 
 
-def _elsa_attentions(state_dict: Dict[str, Any]) -> Set[str]:
-    end = '.attn_conv.weight'
-    return {k[:-len(end)] for k in state_dict if k.endswith(end)}
+def _marked(state_dict: Dict[str, Any], marks: Tuple[str, ...]) -> Set[Tuple[str, str]]:
+    """Modules, with a dot behind them, that have entries of which a family's attention is known; and those marks."""
+    return {(k[:-len(m)], m) for k in state_dict for m in marks if k.endswith('.' + m)}
 
 
 def _check_family(label: str, source: Dict[str, Any], model: nn.Module, replaced: Tuple[str, ...]) -> None:
@@ -131,14 +129,14 @@ def warm_start(
         source: Union[str, Path, nn.Module],
         use_ema: bool = True,
 ) -> WarmStartReport:
-    """Copy what a related model shares with ours: VOLO with ELSA-VOLO, Swin with ELSA-Swin, or another of ours.
+    """Copy what a related model shares with one of ours: Swin with ELSA-Swin, for example, or another of ours.
 
     Shared are entries of the same name and shape. Position embeddings, relative position tables and patch embeddings
     of other sizes are resampled, a first convolution for other image channels is adapted. Attention of another kind is
     left at its initial value with all its parts, and so are classifiers for other numbers of classes.
 
     Args:
-        model: An `ElsaVolo` or `ElsaSwin`; feature extractors have to be made from the model afterwards.
+        model: A model of this package; feature extractors have to be made from the model afterwards.
         source: Name of a timm model, with tag, whose pretrained weights are downloaded; a `hf-hub:` or `local-dir:`
             name; the path of a checkpoint; or a module.
         use_ema: Take the averaged weights where a checkpoint file has them.
@@ -154,26 +152,26 @@ def warm_start(
 
         Whatever is raised, the model is as it was.
     """
-    if not isinstance(model, (ElsaSwin, ElsaVolo)):
+    family = family_of(model)
+    if family is None:
         raise TypeError(
-            f'model: got {type(model).__name__}, must be an ElsaVolo or ElsaSwin. For features, warm-start the '
+            f'model: got {type(model).__name__}, must be a model of this package. For features, warm-start the '
             f'classifier, save it, and create the feature extractor from the file.')
     label, found = _read_source(source, use_ema)
-    if isinstance(model, ElsaSwin):
-        found = to_own_names(found)
+    found = family.to_own_names(found)
     own = model.state_dict()
     for argument, entries in (('model', own), ('source', found)):
         if any(x.is_meta for x in entries.values()):
             raise ValueError(f'{argument}: is on the meta device, which holds no values. Create it on another device.')
 
-    # attentions of which only one side is ELSA share names, but nothing that has the same meaning
-    replaced = tuple(f'{p}.' for p in _elsa_attentions(own) ^ _elsa_attentions(found))
+    # attentions of which only one side has the marks share names, but nothing that has the same meaning
+    replaced = tuple({p for p, _ in _marked(own, family.marks) ^ _marked(found, family.marks)})
     entries, resized = {}, set()
     for name, target in own.items():
         if name not in found or name.startswith(replaced):
             continue
         original = x = found[name]
-        if name in _FIRST_CONVS and x.dim() == target.dim() and x.shape[1] != target.shape[1]:
+        if name == f'{family.first_conv}.weight' and x.dim() == target.dim() and x.shape[1] != target.shape[1]:
             x = adapt_input_conv(target.shape[1], x, base_chans=x.shape[1])
         x = fit_positions(name, x, model)
         if x.shape == target.shape:

@@ -157,7 +157,7 @@ def test_what_does_not_fit_changes_nothing(tmp_path, change, message):
 
 def test_other_models_are_named(tmp_path):
     torch.save(dict(state_dict=_theirs(_detector(), 'mask_rcnn')), tmp_path / 'x.pth')
-    with pytest.raises(WeightsError, match='ELSA-Swin'):
+    with pytest.raises(WeightsError, match='test_elsa_volo: must be the name of a model'):
         load_authors_checkpoint(DenseBackbone('test_elsa_volo', model_args=dict(patch_size=8)), tmp_path / 'x.pth')
     with pytest.raises(WeightsError, match='0 backbones'):
         load_authors_checkpoint(torch.nn.Linear(1, 1), tmp_path / 'x.pth')

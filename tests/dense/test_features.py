@@ -4,7 +4,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import assert_near, max_error
-from timm.models.swin_transformer import window_partition, window_reverse
+from timm.models.swin_transformer import WindowAttention, window_partition, window_reverse
 
 import elsa_models  # noqa: F401
 from elsa_models.dense import DenseBackbone
@@ -69,7 +69,7 @@ def test_frozen_stages(name, stages):
     trained = {k for k, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     stem = {k for k in trained if 'patch_embed' in k}
     assert bool(stem) == (stages < 1)
-    for i, groups in enumerate(model._stages()):
+    for i, groups in enumerate(model._parts()[1]):
         for module in groups:
             frozen = i + 1 < stages
             assert all(p.requires_grad != frozen for p in module.parameters())
@@ -156,7 +156,9 @@ def test_position_tables_are_not_decayed():
 def _swin_as_published(block, x, shift):
     """Swin's detection code in its own words: norm, pad, shift, attend under a mask, shift back, crop."""
     B, H, W, C = x.shape
-    ws = block.window_size[0]
+    ws = block.attn.window_size[0]
+    attn = WindowAttention(C, block.attn.num_heads, window_size=ws)
+    attn.load_state_dict(block.attn.state_dict())
     shortcut, x = x, block.norm1(x)
     x = F.pad(x, (0, 0, 0, -W % ws, 0, -H % ws))
     Hp, Wp = x.shape[1:3]
@@ -171,7 +173,7 @@ def _swin_as_published(block, x, shift):
         windows = window_partition(region, (ws, ws)).view(-1, ws * ws)
         mask = (windows[:, None] != windows[:, :, None]).float() * -100.
     windows = window_partition(x, (ws, ws)).view(-1, ws * ws, C)
-    windows = block.attn(windows, mask=mask).view(-1, ws, ws, C)
+    windows = attn(windows, mask=mask).view(-1, ws, ws, C)
     x = window_reverse(windows, (ws, ws), Hp, Wp)
     if shift:
         x = torch.roll(x, (shift, shift), (1, 2))

@@ -22,7 +22,7 @@ from timm.models.volo import VOLO
 from elsa_models.hub import OutputError, WeightsError
 from elsa_models.hub.convert import check_folder, convert, save
 from elsa_models.hub.publish import publish
-from elsa_models.macs import count_macs
+from elsa_models.inspect import count_macs
 
 SCRIPTS = Path(__file__).parents[2] / 'scripts'
 ARCHITECTURE = released.NAME.partition('.')[0]

@@ -12,6 +12,7 @@ from timm.layers import trunc_normal_
 
 from ...ops import local_attention
 from ..arguments import check_map, whole_number
+from ..rotated_conv import RotatedDepthwiseConv2d, constant
 from .mixer import Mixer
 
 # leaves of symbolic traces
@@ -153,6 +154,24 @@ class ElsaAttention(Mixer):
         """The Hadamard product of query and key; see `Mixer.extra_macs`."""
         B, H, W, _ = shape
         return {'hadamard': B * H * W * self.split_dims[0]}
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Make a sum of depthwise convolutions of the grouped one, for which runtimes have no fast kernels.
+
+        Parameters that change are replaced: others may hold those that were.
+        """
+        width = self.attn_conv.weight.shape[1] if isinstance(self.attn_conv, nn.Conv2d) else 1
+        if width == 1 or width > 8:  # what runtimes have kernels for
+            return
+        order = torch.arange(self.split_dims[0], device=self.qkv.weight.device)
+        order = order.reshape(-1, width).t().reshape(-1)  # position-major
+        for name, x in self.qkv.named_parameters():
+            q, k, v = x.split(self.split_dims)
+            setattr(self.qkv, name, constant(torch.cat([q[order], k[order], v])))
+        self.attn_logits.weight = constant(self.attn_logits.weight[:, order])
+        self.attn_conv = RotatedDepthwiseConv2d(self.attn_conv)
+        self.attn_conv.bias = constant(self.attn_conv.bias[order])
 
     @torch.jit.ignore
     def attention_map(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,7 @@
-"""Models rewritten for inference runtimes: the same outputs from operators that these run fast."""
-import copy
-import itertools
-
+"""A grouped convolution in a form that inference runtimes run fast."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from .layers import ElsaAttention
 
 
 class RotatedDepthwiseConv2d(nn.Module):
@@ -28,7 +23,7 @@ class RotatedDepthwiseConv2d(nn.Module):
         weight = conv.weight.detach().unflatten(0, (C // width, width))  # group, out position, in position, K, K
         out = torch.arange(width, device=weight.device)
         rotations = [weight[:, out, (out + i) % width].transpose(0, 1).reshape(C, 1, K_h, K_w) for i in range(width)]
-        self.weights = nn.ParameterList([_constant(x) for x in rotations])
+        self.weights = nn.ParameterList([constant(x) for x in rotations])
         self.bias = conv.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,36 +40,6 @@ class RotatedDepthwiseConv2d(nn.Module):
         return F.conv2d(x, self.weights[i], bias, padding=self.padding, dilation=self.dilation, groups=x.shape[1])
 
 
-def _constant(x: torch.Tensor) -> nn.Parameter:
+def constant(x: torch.Tensor) -> nn.Parameter:
+    """A parameter that is not trained."""
     return nn.Parameter(x, requires_grad=False)
-
-
-def rewrite_for_runtimes(model: nn.Module) -> nn.Module:
-    """A copy of a model, in eval mode, whose attention's convolutions are sums of depthwise ones.
-
-    Outputs are those of the model up to the order of sums. The copy is for export: its parameters have other names,
-    and those that are not reordered are the model's own.
-    """
-    shared = {id(x): x for x in itertools.chain(model.parameters(), model.buffers())}
-    model = copy.deepcopy(model, shared).eval()
-    for module in model.modules():
-        if isinstance(module, ElsaAttention) and isinstance(module.attn_conv, nn.Conv2d):
-            _rewrite(module)
-    return model
-
-
-def _rewrite(attn: ElsaAttention) -> None:
-    width = attn.attn_conv.weight.shape[1]
-    qk_dim = attn.split_dims[0]
-    if width == 1 or width > 8:  # what runtimes have kernels for
-        return
-    order = torch.arange(qk_dim, device=attn.qkv.weight.device).reshape(-1, width).t().reshape(-1)  # position-major
-    q, k, v = attn.qkv.weight.split(attn.split_dims)
-    attn.qkv.weight = _constant(torch.cat([q[order], k[order], v]))
-    if attn.qkv.bias is not None:
-        q, k, v = attn.qkv.bias.split(attn.split_dims)
-        attn.qkv.bias = _constant(torch.cat([q[order], k[order], v]))
-    attn.attn_logits.weight = _constant(attn.attn_logits.weight[:, order])
-    attn.attn_conv = RotatedDepthwiseConv2d(attn.attn_conv)
-    if attn.attn_conv.bias is not None:
-        attn.attn_conv.bias = _constant(attn.attn_conv.bias[order])

@@ -1,10 +1,11 @@
 """Counting multiply-accumulates.
 
-The convention is that of the papers: convolutions, linear layers and the two matrix products of attention. In ELSA
-these are the Hadamard product of query and key, and local attention over K x K taps of C channels and N pixels. The
-latter is 2 * K ** 2 * C * N: once for the attention and once for the ghost head. Norms, activations, softmax, biases
-and the resampling of positions are not counted.
+The convention is that of the papers: convolutions, linear layers and the two matrix products of attention, or what a
+mixer has in their place. Local attention over K x K taps of C channels and N pixels is 2 * K ** 2 * C * N: once for the
+attention and once for the ghost head. Norms, activations, softmax, biases and the resampling of positions are not
+counted.
 """
+from collections import Counter
 from typing import Dict, Optional, Tuple
 
 import torch
@@ -12,8 +13,8 @@ import torch.nn as nn
 from timm.models._input import get_model_input_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._modes import evaluating
-from .layers import ElsaAttention
+from .._modes import evaluating
+from ..layers import Mixer
 
 
 def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> Dict[str, int]:
@@ -26,7 +27,7 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
         input_size: Channels, height and width of the image; the model's own if None.
 
     Returns:
-        Multiply-accumulates by the name of the operator; 'hadamard' is the product of query and key in ELSA.
+        Multiply-accumulates by the name of the operator, or that which a mixer gives to what no counter sees.
 
     Raises:
         ValueError: The input size is not three positive numbers.
@@ -41,13 +42,12 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
     tensors = {k: torch.empty_like(x, device='meta') for k, x in tensors.items()}
     x = torch.empty(1, *input_size, device='meta', dtype=dtype)
     counter = FlopCounterMode(display=False)
-    hadamard = 0
+    extra: Counter[str] = Counter()
 
-    def count_hadamard(module, args, output):
-        nonlocal hadamard
-        hadamard += args[0].shape[:-1].numel() * module.split_dims[0]
+    def count_extra(module, args, output):
+        extra.update(module.extra_macs(tuple(args[0].shape)))
 
-    hooks = [m.register_forward_hook(count_hadamard) for m in model.modules() if isinstance(m, ElsaAttention)]
+    hooks = [m.register_forward_hook(count_extra) for m in model.modules() if isinstance(m, Mixer)]
     try:
         with evaluating(model), torch.no_grad(), counter:
             torch.func.functional_call(model, tensors, (x,))
@@ -55,7 +55,7 @@ def count_macs_by_op(model: nn.Module, input_size: Optional[Tuple[int, int, int]
         for hook in hooks:
             hook.remove()
     by_op = {str(op): flops // 2 for op, flops in counter.get_flop_counts()['Global'].items()}
-    return {**by_op, 'hadamard': hadamard} if hooks else by_op
+    return {**by_op, **extra}
 
 
 def count_macs(model: nn.Module, input_size: Optional[Tuple[int, int, int]] = None) -> int:

@@ -15,9 +15,9 @@ from timm.data import ImageDataset, create_transform, resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import FeatureInfo, get_model_input_config
 
-from ._extras import require
-from ._modes import evaluating
-from .deploy import rewrite_for_runtimes
+from .._extras import require
+from .._modes import evaluating
+from .rewrite import rewrite_for_runtimes
 
 _logger = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ def _simplify(graph) -> None:
     """Compute in place what is constant, and remove what has no effect.
 
     What `torch.onnx.export(optimize=True)` does, less one rule of it (pairs of slices to splits), which compares all
-    pairs of nodes: 5 of the 6 seconds of ELSA-VOLO-D4 at 448 pixels.
+    pairs of nodes: 5 of the 6 seconds of a large model at 448 pixels.
     """
     import onnx_ir.passes.common as passes
     from onnx_ir.passes import Sequential

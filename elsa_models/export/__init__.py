@@ -1,0 +1,2 @@
+from .onnx import MIN_OPSET, PRECISIONS, export_onnx
+from .rewrite import rewrite_for_runtimes

@@ -1,0 +1,21 @@
+"""Models rewritten for inference runtimes: the same outputs from operators that these run fast."""
+import copy
+import itertools
+
+import torch.nn as nn
+
+from ..layers import Mixer
+
+
+def rewrite_for_runtimes(model: nn.Module) -> nn.Module:
+    """A copy of a model, in eval mode, whose mixers have the form that runtimes run fast.
+
+    Outputs are those of the model up to rounding. The copy is for export: its parameters have other names, and those
+    that do not change are the model's own, where timm's `reparameterize_model` copies all.
+    """
+    shared = {id(x): x for x in itertools.chain(model.parameters(), model.buffers())}
+    model = copy.deepcopy(model, shared).eval()
+    for module in list(model.modules()):
+        if isinstance(module, Mixer):
+            module.reparameterize()
+    return model

@@ -1,0 +1,2 @@
+from .attention import AttentionLayer, attention_layers, has_local_attention
+from .macs import count_macs, count_macs_by_op
