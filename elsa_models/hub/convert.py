@@ -113,9 +113,9 @@ def _take_backbone(state_dict: StateDict) -> Dict[str, str]:
 def _guess_kind(state_dict: StateDict, family: Family) -> str:
     if any(k.startswith((_BACKBONE, 'norm3.')) for k in state_dict):
         return 'backbone'
-    if family.is_authors(state_dict) or any(k.endswith(tuple(f'.{m}' for m in family.marks)) for k in state_dict):
-        return 'weights'
-    return 'warm-start'
+    marks = tuple(f'.{m}' for m in family.marks)
+    is_own = not marks or family.is_authors(state_dict) or any(k.endswith(marks) for k in state_dict)
+    return 'weights' if is_own else 'warm-start'
 
 
 def _num_classes(state_dict: StateDict) -> int:

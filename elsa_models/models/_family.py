@@ -35,6 +35,7 @@ class Family:
             and the other has not, the two attentions share nothing, whatever their names.
         first_conv: Convolution that takes the images.
         classifiers: Modules whose shapes depend on the number of classes.
+        top1: Published accuracy of entry points on ImageNet-1k at their input size, in percent.
         dense_args: Arguments of the models as backbones of detectors and segmenters, beside dynamic_img_size.
         reads_dense: Whether the authors released detectors or segmenters with such a backbone.
     """
@@ -48,6 +49,7 @@ class Family:
     marks: Tuple[str, ...] = ()
     first_conv: str = 'patch_embed.proj'
     classifiers: Tuple[str, ...] = ('head.fc',)
+    top1: Mapping[str, float] = field(default_factory=dict)
     dense_args: Mapping[str, Any] = field(default_factory=dict)
     reads_dense: bool = False
 

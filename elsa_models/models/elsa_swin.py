@@ -302,6 +302,7 @@ register_family(Family(
     is_authors=is_authors,
     relatives={f'elsa_swin_{size}': f'swin_{size}_patch4_window7_224.ms_in1k' for size in ('tiny', 'small', 'base')},
     marks=('attn_conv.weight',),
+    top1=dict(elsa_swin_tiny=82.7, elsa_swin_small=83.5, elsa_swin_base=84.0),
     dense_args=dict(always_partition=True, pad_before_shift=True),
     reads_dense=True,
 ))
