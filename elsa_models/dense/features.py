@@ -1,5 +1,4 @@
 """Maps of strides 4, 8, 16 and 32 from hierarchical backbones of timm, as detectors and segmenters want them."""
-import inspect
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
@@ -8,7 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layers.sizes import sizes_are_open
-from ..models import family_of, warm_start as start_from_relative
+from ..models._family import arguments_of, family_of
+from ..models._warm_start import warm_start as start_from_relative
 
 STRIDES = (4, 8, 16, 32)
 
@@ -95,7 +95,7 @@ class DenseBackbone(nn.Module):
         args = dict(model_args or {})
         with torch.device('meta'):
             probe = timm.create_model(model, **args)
-        family, known = family_of(probe), inspect.signature(type(probe).__init__).parameters
+        family, known = family_of(probe), arguments_of(type(probe))
         for name in ('dynamic_img_size', 'always_partition'):
             if name in known:
                 args.setdefault(name, True)

@@ -1,6 +1,5 @@
 """Reading checkpoint files, and building a model around one."""
 import dataclasses
-import inspect
 import math
 import pickle
 from collections import Counter
@@ -15,7 +14,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, clean_state_dict, l
 from timm.models._builder import resolve_pretrained_cfg
 
 from ..layers.arguments import pair, whole_number
-from ._family import Family, family_of
+from ._family import Family, arguments_of, family_of
 
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder or repository, the first that exists
 _CONFIG_SOURCES = ('hf-hub', 'local-dir')  # of cfgs that timm read from a config.json
@@ -292,7 +291,7 @@ def _check_config(model_cls: Type[nn.Module], model_args: Dict[str, Any], cfg: P
             return len(x) <= 64 and all(map(plain, x))
         return x is None or isinstance(x, (bool, str)) or isinstance(x, (int, float)) and abs(x) <= _MAX_CONFIG_INT
 
-    known = set(inspect.signature(model_cls).parameters) - {'device', 'dtype'}
+    known = arguments_of(model_cls) - {'device', 'dtype'}
     for name, value in [*model_args.items(), ('img_size', cfg.input_size), ('num_classes', cfg.num_classes)]:
         if name not in known or name.endswith('_layer'):
             raise WeightsError(

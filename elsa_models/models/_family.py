@@ -1,6 +1,7 @@
 """Families of models, as they declare themselves to code that knows none by name."""
+import inspect
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Set, Tuple, Type, Union
 
 import timm
 import torch
@@ -57,6 +58,17 @@ class Family:
     def model_names(self) -> Tuple[str, ...]:
         """The family's entry points."""
         return tuple([n for n in timm.list_models() if timm.models.model_entrypoint(n).__module__ == self.module])
+
+
+def arguments_of(model_cls: Type[nn.Module]) -> Set[str]:
+    """Names of a constructor's arguments, those included that `**kwargs` hand to the class it derives from."""
+    names: Set[str] = set()
+    for cls in model_cls.__mro__:
+        parameters = inspect.signature(cls.__init__).parameters.values() if '__init__' in vars(cls) else ()
+        names.update(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        if parameters and all(p.kind != p.VAR_KEYWORD for p in parameters):
+            break
+    return names - {'self'}
 
 
 _families: Dict[str, Family] = {}

@@ -1,0 +1,108 @@
+"""A family in one file, box_family.py, is served by all that is generic, with no other file changed."""
+import importlib
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+import test_contract
+import timm
+import torch
+from timm.models import _registry
+
+import elsa_models
+from elsa_models.dense import DenseBackbone
+from elsa_models.hub.convert import convert
+from elsa_models.inspect import count_macs, count_macs_by_op
+from elsa_models.models import _family, families, family_of
+
+NAME = 'test_box_swin'
+# a test module is no part of the package, and the table of parameters lists what the package registers
+OF_THE_PACKAGE = ('test_entry_point', 'test_number_of_parameters', 'test_compiled_whole')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def family():
+    """The family, for as long as the tests of this file run."""
+    registries = [_family._families, *(x for x in vars(_registry).values() if isinstance(x, (dict, set)))]
+    before = [x.copy() for x in registries]
+    yield importlib.import_module('box_family')
+    for registry, content in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(content)
+    _registry._module_to_models['box_family'].clear()
+
+
+def _contract():
+    for name, test in vars(test_contract).items():
+        if name.startswith('test_') and 'name' in inspect.signature(test).parameters and name not in OF_THE_PACKAGE:
+            yield name
+
+
+@pytest.mark.parametrize('test', list(_contract()))
+def test_keeps_the_contract(test, tmp_path):
+    test = getattr(test_contract, test)
+    args = dict(name=NAME, tmp_path=tmp_path, autocast=False)
+    test(**{k: args[k] for k in inspect.signature(test).parameters})
+
+
+def test_belongs_to_its_family():
+    model = timm.create_model(NAME, device='meta')
+    assert family_of(model) is family_of(NAME) is family_of(type(model)) is families()[-1]
+    assert family_of(NAME).model_names == (NAME,)
+    assert family_of('resnet18') is None and family_of(timm.create_model('resnet18', device='meta')) is None
+
+
+def test_multiply_accumulates():
+    model = timm.create_model(NAME, device='meta')
+    by_op = count_macs_by_op(model)
+    sides, dims, depths = (16, 8, 4, 2), (24, 48, 96, 192), (1, 1, 2, 1)
+    assert by_op['gate'] == sum(n * s * s * d for n, s, d in zip(depths, sides, dims))
+    assert sum(by_op.values()) == count_macs(model)
+
+
+def test_starts_from_a_relative():
+    swin = timm.models.SwinTransformer(
+        img_size=64, embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), window_size=2)
+    model = timm.create_model(NAME)
+    report = elsa_models.warm_start(model, swin)
+    assert {k.rpartition('.attn.')[2] for k in report.left} == {'box.weight', 'box.bias', 'proj.weight', 'proj.bias'}
+    assert torch.equal(model.layers[2].blocks[1].mlp.fc1.weight, swin.layers[2].blocks[1].mlp.fc1.weight)
+    with pytest.raises(elsa_models.WeightsError, match=r"warm_start\(model, 'swin_tiny_patch4_window7_224.ms_in1k'\)"):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_conversion(tmp_path):
+    model = timm.create_model(NAME, num_classes=3)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    conversion = convert(tmp_path / 'x.pth', NAME)
+    assert conversion.kind == 'weights' and conversion.report.count('same') == len(model.state_dict())
+
+
+@pytest.mark.parametrize('frozen_stages', [0, 3])
+def test_dense_backbone(frozen_stages):
+    backbone = DenseBackbone(NAME, frozen_stages=frozen_stages).eval()
+    assert [tuple(m.shape[1:]) for m in backbone(torch.randn(1, 3, 33, 47))] == [
+        (24, 9, 12), (48, 5, 6), (96, 3, 3), (192, 2, 2)]
+    frozen = {n.split('.')[1] for n, p in backbone.named_parameters() if not p.requires_grad}
+    assert frozen == ({'patch_embed', 'layers_0', 'layers_1'} if frozen_stages else set())
+
+
+def test_training_by_recipe(tmp_path):
+    from elsa_models.training import ClassificationJob, Recipe, run_job
+    recipe = Recipe(
+        model=NAME, model_args=dict(img_size=32), epochs=1, limit=8, batch_size=8, hflip=0., color_jitter=0.,
+        figures=True, output=str(tmp_path / 'output'))
+    result = run_job(recipe, ClassificationJob)
+    assert (result.folder / 'model.onnx').is_file() and not (result.folder / 'attention.png').exists()
+    loaded = timm.create_model(f'local-dir:{result.folder / "model"}', pretrained=True)
+    assert isinstance(loaded, family_of(NAME).model_cls)
+
+
+def test_model_table(capsys):
+    path = Path(__file__).parents[2] / 'scripts' / 'model_table.py'
+    spec = importlib.util.spec_from_file_location('model_table', path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main([NAME])
+    assert capsys.readouterr().out.splitlines()[2].startswith(f'| {NAME} | 64 x 64 | 0.')
