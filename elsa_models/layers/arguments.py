@@ -4,6 +4,8 @@ from typing import Any, Collection, Iterable, Tuple
 
 import torch
 
+from .sizes import sizes_are_known
+
 
 def whole_number(name: str, value: Any, low: int = 1) -> int:
     """A whole number of any integral type (those of NumPy too) as an int.
@@ -64,9 +66,8 @@ def check_map(x: torch.Tensor, dim: int) -> None:
     Raises:
         ValueError: It is of another shape.
     """
-    if torch.jit.is_scripting() or not torch.jit.is_tracing():
-        if x.dim() != 4 or x.shape[3] != dim:
-            raise ValueError(f'x: got shape {list(x.shape)}, must be a map (B, H, W, {dim}).')
+    if sizes_are_known() and (x.dim() != 4 or x.shape[3] != dim):
+        raise ValueError(f'x: got shape {list(x.shape)}, must be a map (B, H, W, {dim}).')
 
 
 def check_images(x: torch.Tensor) -> None:
@@ -75,6 +76,5 @@ def check_images(x: torch.Tensor) -> None:
     Raises:
         ValueError: There are more or fewer dimensions.
     """
-    if torch.jit.is_scripting() or not torch.jit.is_tracing():
-        if x.dim() != 4:
-            raise ValueError(f'x: got shape {list(x.shape)}, must be images (B, C, H, W).')
+    if sizes_are_known() and x.dim() != 4:
+        raise ValueError(f'x: got shape {list(x.shape)}, must be images (B, C, H, W).')

@@ -8,18 +8,35 @@ import torch.nn.functional as F
 from timm.layers import is_exporting, resample_abs_pos_embed_nhwc
 
 
-@torch.jit.unused
 def sizes_are_open() -> bool:
     """Whether sizes are symbols of a graph in the making, whose values must not decide what the graph does."""
+    if torch.jit.is_scripting():
+        return False
+    return _is_graph_in_the_making()
+
+
+def sizes_are_known() -> bool:
+    """Whether sizes can be compared with what they must be: not while torch.jit.trace makes tensors of them."""
+    if torch.jit.is_scripting():
+        return True
+    return not _is_traced()
+
+
+@torch.jit.unused
+def _is_graph_in_the_making() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+@torch.jit.unused
+def _is_traced() -> bool:
+    return torch.jit.is_tracing()
 
 
 def pad_map(x: torch.Tensor, H: int, W: int) -> torch.Tensor:
     """Pad maps (B, h, w, C) with zeros to (B, H, W, C)."""
     extra_h, extra_w = H - x.shape[1], W - x.shape[2]
-    if torch.jit.is_scripting() or not sizes_are_open():
-        if extra_h == 0 and extra_w == 0:
-            return x  # F.pad would copy
+    if not sizes_are_open() and extra_h == 0 and extra_w == 0:
+        return x  # F.pad would copy
     return F.pad(x, (0, 0, 0, extra_w, 0, extra_h))
 
 
@@ -55,8 +72,7 @@ def check_size(H: int, W: int, expected_H: int, expected_W: int) -> None:
     Raises:
         ValueError: They are of another.
     """
-    if torch.jit.is_scripting() or not torch.jit.is_tracing():
-        if H != expected_H or W != expected_W:
-            raise ValueError(
-                f'input: got {H} x {W} pixels, must be {expected_H} x {expected_W}. set_input_size() changes the size, '
-                f'a model created with dynamic_img_size=True takes any.')
+    if sizes_are_known() and (H != expected_H or W != expected_W):
+        raise ValueError(
+            f'input: got {H} x {W} pixels, must be {expected_H} x {expected_W}. set_input_size() changes the size, '
+            f'a model created with dynamic_img_size=True takes any.')

@@ -4,7 +4,7 @@ from typing import Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-from timm.layers import Format, PatchEmbed, is_exporting, nchw_to, resample_patch_embed, to_2tuple
+from timm.layers import Format, PatchEmbed, nchw_to, resample_patch_embed, to_2tuple
 from timm.models import volo
 from timm.models.swin_transformer import PatchMerging
 
@@ -18,10 +18,7 @@ _CONV_STEM_PATCHES = (4, 8, 16)  # sizes that VOLO's stem has
 
 def _check_token(H: int, W: int, min_size: int) -> None:
     """Require images of at least min_size pixels a side."""
-    if not torch.jit.is_scripting():
-        if is_exporting() or torch.jit.is_tracing():
-            return  # sizes are the graph's
-    if H < min_size or W < min_size:
+    if not sizes_are_open() and (H < min_size or W < min_size):
         raise ValueError(f'input: got {H} x {W} pixels, must be at least {min_size} x {min_size}, one token.')
 
 

@@ -47,6 +47,7 @@ class ElsaSwin(SwinLike):
             window_size: Windows = 7,
             always_partition: bool = False,
             pad_before_shift: bool = False,
+            shift_each_side: bool = True,
             strict_img_size: bool = True,
             dynamic_img_size: bool = False,
             mlp_ratio: Union[float, Tuple[float, ...]] = 4.,
@@ -82,6 +83,9 @@ class ElsaSwin(SwinLike):
             pad_before_shift: Pad maps that windows do not divide before the shift, not after it. With this,
                 always_partition and dynamic_img_size, the last stage does at every size what that of the authors'
                 detection backbone does; their classifier takes no such sizes.
+            shift_each_side: Shift windows along every side of a map that one does not cover, as timm's Swin does. The
+                authors' classifier shifts only where one covers neither side: their weights give their logits at sizes
+                such as 224 x 448 with False.
             strict_img_size: Require the input to match img_size.
             dynamic_img_size: Accept any input size. Same as strict_img_size=False.
             mlp_ratio: Hidden channels of the MLPs per channel, for all stages or one per stage.
@@ -110,6 +114,7 @@ class ElsaSwin(SwinLike):
         window_args = dict(
             always_partition=always_partition,
             pad_before_shift=pad_before_shift,
+            shift_each_side=shift_each_side,
             dynamic=dynamic_img_size or not strict_img_size,
             **args,
         )

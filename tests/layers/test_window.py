@@ -9,8 +9,9 @@ from elsa_models.layers import MixerBlock, WindowAttention
 ARGS = dict(dim=8, num_heads=2, window_size=3)
 
 
-def _block(dim, num_heads, input_resolution, window_size, shift_size=0, dynamic_mask=False):
-    mixer = WindowAttention(dim, num_heads, input_resolution, window_size, shift_size > 0, dynamic=dynamic_mask)
+def _block(dim, num_heads, input_resolution, window_size, shift_size=0, dynamic_mask=False, **kwargs):
+    mixer = WindowAttention(
+        dim, num_heads, input_resolution, window_size, shift_size > 0, dynamic=dynamic_mask, **kwargs)
     return MixerBlock(dim, mixer)
 
 
@@ -96,3 +97,37 @@ def test_no_maps(dynamic_mask):
     block = _random_block(shift_size=1, input_resolution=(6, 7), dynamic_mask=dynamic_mask)
     x = torch.zeros(0, 6, 7, 8, dtype=torch.float64)
     assert block(x).shape == torch.jit.script(block)(x).shape == x.shape
+
+
+@pytest.mark.parametrize('height, width', [(6, 6), (3, 8), (4, 3), (3, 3), (11, 5), (2, 7)])
+def test_shift_of_both_sides_or_none(height, width, monkeypatch):
+    # the authors' classifier shifts where one window covers neither side, and timm along every side that one does not
+    covered = min(height, width) <= 3
+    args = dict(ARGS, shift_size=1, input_resolution=(height, width), shift_each_side=False)
+    fixed = _random_block(**args)
+    timms = _like(SwinTransformerBlock(
+        **ARGS, shift_size=0 if covered else 1, input_resolution=(height, width)), fixed)
+    x = torch.randn(2, height, width, 8, dtype=torch.float64)
+    expected = timms(x)
+    assert_near(fixed(x), expected, 1e-12)
+    if min(height, width) < 3:  # the window of a block for any size is not cut to the map
+        return
+    dynamic = _like(_block(**dict(args, input_resolution=(9, 9), dynamic_mask=True)), fixed)
+    assert_near(dynamic(x), expected, 1e-12)
+    assert_near(torch.jit.script(dynamic)(x), expected, 1e-12)
+    for name in ('mixers.window', 'sizes'):
+        monkeypatch.setattr(f'elsa_models.layers.{name}.sizes_are_open', lambda: True)
+    assert_near(dynamic(x), expected, 1e-12)
+
+
+def test_attention_map():
+    block = _random_block(shift_size=1, input_resolution=(7, 8))
+    attn, x = block.attn, torch.randn(2, 7, 8, 8, dtype=torch.float64)
+    weights = attn.attention_map(x)
+    assert weights.shape == (2, 7, 8, 2, 9)
+    assert_near(weights.sum(-1), torch.ones(2, 7, 8, 2, dtype=torch.float64), 1e-12)
+    # rows and columns of the shifted map that share a window: that of pixel (1, 1) is of pixels 1 to 3
+    value = attn.qkv(x)[..., 16:].unflatten(-1, (2, 4))
+    seen = value[:, 1:4, 1:4].flatten(1, 2)
+    expected = attn.proj(torch.einsum('bgt,btgc->bgc', weights[:, 1, 1], seen).flatten(1))
+    assert_near(attn(x)[:, 1, 1], expected, 1e-12)

@@ -232,6 +232,28 @@ def test_equals_the_authors_model(keyed_model):
     assert len(tokens) == 5
 
 
+# logits 0, 100, ..., 900 of the first image, see data/PROVENANCE.md
+UNSHIFTED = (
+    -0.7537907363583234, 1.4884622298578183, -0.32162260882540256, 0.1180903056349889,
+    0.2986970733653386, 0.4885316135756691, -0.13017129174614878, 0.387774192452272,
+    0.08659787795982245, 1.3557253740968975)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_authors_rule_for_rectangles(keyed_checkpoint, dynamic):
+    """The last stage at 224 x 448 does not shift, for one window covers its height of 7 pixels."""
+    x = keyed_input().double().flatten(0, 1).reshape(1, 3, 224, 448)
+    size = dict(dynamic_img_size=True) if dynamic else dict(img_size=(224, 448))
+    model = _load(keyed_checkpoint, 'elsa_swin_tiny', shift_each_side=False, **size).double()
+    with torch.no_grad():
+        logits = model(x)
+    assert_near(logits[0, ::100], torch.tensor(UNSHIFTED, dtype=torch.float64), 1e-9)
+    if not dynamic:
+        plain = _load(keyed_checkpoint, 'elsa_swin_tiny', img_size=(224, 448)).double()
+        with torch.no_grad():
+            assert max_error(plain(x), logits) > .01  # as timm's Swin, by default
+
+
 def test_weights_that_are_not_averaged(keyed_checkpoint, keyed_model):
     # beside `file`, use_ema=False takes the others, here with the prefix of DistributedDataParallel
     model = _load(keyed_checkpoint, 'elsa_swin_tiny', dict(use_ema=False))

@@ -30,6 +30,9 @@ class WindowMixer(Mixer):
     Maps that windows do not divide are shifted and then padded, as timm does. With `pad_before_shift` they are padded
     and then shifted, as the detection code of Swin's and ELSA's authors does: the padding lies elsewhere, so pixels
     meet in other windows, and the mask, which is made for the padded map, is exact.
+
+    Of a map that one window covers on one side alone, such as 7 x 14 pixels of the last stage at 224 x 448, the other
+    side is shifted, as timm does. Without `shift_each_side` it is not, as in the classification code of the authors.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class WindowMixer(Mixer):
             shift: bool = False,
             always_partition: bool = False,
             pad_before_shift: bool = False,
+            shift_each_side: bool = True,
             dynamic: bool = False,
     ) -> None:
         """
@@ -48,12 +52,15 @@ class WindowMixer(Mixer):
             shift: Shift the windows by half their size.
             always_partition: Neither cut the window to the map nor leave out the shift.
             pad_before_shift: Pad first, then shift.
+            shift_each_side: Shift along every side that one window does not cover; otherwise only where one covers
+                neither side.
             dynamic: Take maps of any size.
         """
         super().__init__()
         self.shift = shift
         self.always_partition = always_partition
         self.pad_before_shift = pad_before_shift
+        self.shift_each_side = shift_each_side
         self.dynamic = dynamic
         self._set_window(feat_size, pair('window_size', window_size))
         self.register_buffer('relative_position_index', None, persistent=False)
@@ -62,7 +69,10 @@ class WindowMixer(Mixer):
     def _set_window(self, feat_size: Tuple[int, int], window_size: Tuple[int, int]) -> None:
         shift_size = tuple([w // 2 if self.shift else 0 for w in window_size])
         if not self.always_partition:
-            shift_size = tuple([0 if f <= w else s for f, w, s in zip(feat_size, window_size, shift_size)])
+            covered = [f <= w for f, w in zip(feat_size, window_size)]
+            if any(covered) and not self.shift_each_side:
+                covered = [True, True]
+            shift_size = tuple([0 if c else s for c, s in zip(covered, shift_size)])
             window_size = tuple([min(f, w) for f, w in zip(feat_size, window_size)])
         self.feat_size, self.window_size, self.shift_size = tuple(feat_size), window_size, shift_size
         self.window_area = window_size[0] * window_size[1]
@@ -117,12 +127,11 @@ class WindowMixer(Mixer):
                 mask = self._make_mask(padded_h, padded_w, shift_h, shift_w, x.dtype, x.device)
         else:
             mask = self.attn_mask
-        if not torch.jit.is_scripting():
-            if self.dynamic and sizes_are_open():
-                x = pad_map(x, padded_h, padded_w)
-                if self.pad_before_shift:
-                    H, W = padded_h, padded_w
-                return self._gather_windows(x, H, W, shift_h, shift_w), mask, shift_h, shift_w
+        if self.dynamic and sizes_are_open():
+            x = pad_map(x, padded_h, padded_w)
+            if self.pad_before_shift:
+                H, W = padded_h, padded_w
+            return self._gather_windows(x, H, W, shift_h, shift_w), mask, shift_h, shift_w
 
         if self.pad_before_shift:
             x = pad_map(x, padded_h, padded_w)
@@ -138,9 +147,8 @@ class WindowMixer(Mixer):
         """The inverse of `_partition`: maps (B, H, W, C) from windows (windows, area, C)."""
         padded_h, padded_w = self._padded(H, W)
         period_h, period_w = (padded_h, padded_w) if self.pad_before_shift else (H, W)  # of the cyclic shift
-        if not torch.jit.is_scripting():
-            if self.dynamic and sizes_are_open():
-                return self._gather_map(windows, B, H, W, period_h, period_w, shift_h, shift_w)
+        if self.dynamic and sizes_are_open():
+            return self._gather_map(windows, B, H, W, period_h, period_w, shift_h, shift_w)
 
         window_h, window_w = self.window_size
         C = windows.shape[2]
@@ -202,11 +210,14 @@ class WindowMixer(Mixer):
         # half a window, or none where one window covers the map
         window_h, window_w = self.window_size
         further_h, further_w = (H - 1) // window_h, (W - 1) // window_w
-        if not torch.jit.is_scripting():
-            if sizes_are_open():
-                return window_h // 2 * _at_most_one(further_h), window_w // 2 * _at_most_one(further_w), True
-        shift_h, shift_w = window_h // 2 * min(further_h, 1), window_w // 2 * min(further_w, 1)
-        return shift_h, shift_w, shift_h > 0 or shift_w > 0
+        if sizes_are_open():
+            further_h, further_w = _at_most_one(further_h), _at_most_one(further_w)
+        else:
+            further_h, further_w = min(further_h, 1), min(further_w, 1)
+        if not self.shift_each_side:
+            further_h = further_w = further_h * further_w
+        shift_h, shift_w = window_h // 2 * further_h, window_w // 2 * further_w
+        return shift_h, shift_w, sizes_are_open() or shift_h > 0 or shift_w > 0
 
     def _make_mask(
             self,
