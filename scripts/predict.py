@@ -22,7 +22,7 @@ from timm.utils import setup_default_logging
 import elsa_models  # noqa: F401, registers the models
 from elsa_models._files import write_atomically
 from elsa_models.inference import Answer, classify, figures, find_device, find_images, load_classifier
-from elsa_models.layers import ElsaAttention
+from elsa_models.inspect import has_local_attention
 from elsa_models.models._naming import HELP
 
 
@@ -77,8 +77,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             readable = [a for a in answers if a.labels]
             if readable:
                 figures.draw_contact_sheet(readable, folder / 'contact.png')
-                modules = [] if args.onnx or classifier.model is None else classifier.model.modules()
-                if any(isinstance(m, ElsaAttention) for m in modules):
+                if not args.onnx and classifier.model is not None and has_local_attention(classifier.model):
                     with torch.no_grad():
                         figures.draw_overlays(classifier, readable, folder / 'attention.png')
     except (ValueError, OSError, ImportError) as e:

@@ -75,13 +75,12 @@ def _actions(x: torch.Tensor, targets: StateDict, key: str) -> List[str]:
     order = torch.arange(x.numel(), dtype=places.dtype)
     if places.numel() != x.numel():
         actions.append('joined' if places.numel() > x.numel() else 'split')
-    elif torch.equal(places.flatten(), order):
-        if places.shape != x.shape:
-            actions.append('reshaped')
+    elif torch.equal(places, order.view(x.shape)):
+        pass
     elif x.dim() == 2 and torch.equal(places.sort(dim=0).values, order.view(x.shape).t()):
         actions.append('transposed')
     else:
-        actions.append('reordered')
+        actions.append('reshaped' if torch.equal(places.flatten(), order) else 'reordered')
     return actions
 
 
@@ -114,8 +113,8 @@ def _guess_kind(state_dict: StateDict, family: Family) -> str:
     if any(k.startswith((_BACKBONE, 'norm3.')) for k in state_dict):
         return 'backbone'
     marks = tuple(f'.{m}' for m in family.marks)
-    is_own = not marks or family.is_authors(state_dict) or any(k.endswith(marks) for k in state_dict)
-    return 'weights' if is_own else 'warm-start'
+    of_authors = any(f.is_authors(state_dict) for f in families())
+    return 'weights' if of_authors or not marks or any(k.endswith(marks) for k in state_dict) else 'warm-start'
 
 
 def _num_classes(state_dict: StateDict) -> int:

@@ -2,54 +2,18 @@
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Union
+from typing import Any, Callable, Dict, List, Sequence, Union
 
 import torch
 import torch.nn as nn
 
 from .._extras import require
 from .._images import normalise, read_image, to_picture
-from .._modes import evaluating
-from ..layers import ElsaAttention
+from ..inspect import AttentionLayer, attention_layers
 from .classifier import Answer, Classifier, Predictions, color_mode, create_eval_transform
 
 _RIGHT, _WRONG, _QUERY = '#1b7837', '#c51b2b', '#ff7f0e'
 _MAX_HEADS = 6  # drawn for each layer
-
-
-class AttentionLayer(NamedTuple):
-    """The local attention of one layer for one image."""
-    name: str
-    kernel_size: int
-    dilation: int
-    weights: torch.Tensor  # H, W, heads, K, K
-
-
-@torch.no_grad()
-def attention_layers(model: nn.Module, image: torch.Tensor) -> List[AttentionLayer]:
-    """Run a model on one image and collect the attention of every ELSA layer, in the order of their running.
-
-    Args:
-        model: Any model that holds `ElsaAttention`.
-        image: (C, H, W), normalised.
-    """
-    layers = []
-
-    def collect(name):
-        def hook(module, args):
-            weights = module.attention_map(args[0])[0].unflatten(-1, (module.kernel_size, module.kernel_size))
-            layers.append(AttentionLayer(name, module.kernel_size, module.dilation, weights.float().cpu()))
-        return hook
-
-    modules = [(name, m) for name, m in model.named_modules() if isinstance(m, ElsaAttention)]
-    handles = [m.register_forward_pre_hook(collect(name)) for name, m in modules]
-    try:
-        with evaluating(model):
-            model(image.unsqueeze(0).to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return layers
 
 
 def draw_curves(history: List[Dict[str, float]], path: Union[str, Path]) -> None:
@@ -184,7 +148,7 @@ def draw_attention(
     part is smallest, of those whose neighbourhood lies inside of the image.
 
     Args:
-        model: Model that holds `ElsaAttention`.
+        model: Model with local attention, see `elsa_models.inspect.has_local_attention`.
         load: Gives an image of the data set, by its number, as the model takes it: (C, H, W), normalised.
         data_config: Its mean and std, by which it was.
         predictions: What was predicted for them.
@@ -192,7 +156,7 @@ def draw_attention(
         path: PNG to write.
 
     Raises:
-        ValueError: The model has no ELSA layer.
+        ValueError: The model has no local attention.
     """
     predicted = predictions.predicted
     recognised = (predicted == predictions.targets).nonzero().flatten().tolist()
@@ -200,7 +164,7 @@ def draw_attention(
     tensor = load(predictions.index[index].item())
     layers = {tuple(layer.weights.shape[:2]): layer for layer in attention_layers(model, tensor)}
     if not layers:
-        raise ValueError('model: has no ElsaAttention, there is no local attention to draw.')
+        raise ValueError('model: has no local attention to draw.')
     layers = list(layers.values())  # the last of each resolution
     picture = to_picture(tensor, data_config['mean'], data_config['std'])
     size = picture.shape[:2]
@@ -290,7 +254,7 @@ def draw_overlays(
     of the heads, of the last layer of that resolution.
 
     Args:
-        classifier: Holds a model with `ElsaAttention`.
+        classifier: Holds a model with local attention.
         answers: Images and classes.
         path: PNG to write.
         most: Images to show, at most.

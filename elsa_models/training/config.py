@@ -240,8 +240,8 @@ class Recipe(ImageValues, BaseRecipe):
     smoothing: float = value(0.1, 'label smoothing', low=0., high=1.)
     class_balance: Optional[str] = value(None, "weight classes by their images, timm's method; with ce or bce",
                                          choices=('inv_freq', 'effective_num'))
-    token_labels: Optional[str] = value(None, "train every token of an ELSA-VOLO: 'image' gives it the label of its"
-                                              " image; a folder, label maps made by scripts/make_token_labels.py")
+    token_labels: Optional[str] = value(None, "train every token of a model with an aux head: 'image' gives it"
+                                              " its image's label; a folder: maps of scripts/make_token_labels.py")
     token_weight: float = value(0.5, "weight of the tokens' loss", low=0.)
 
     # evaluation: the same batches on any number of processes, and so the same bits

@@ -246,7 +246,7 @@ def classify_places(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """
     x = model.forward_features(images)
     aux_head = getattr(model, 'aux_head', None)
-    if aux_head is not None and x.ndim == 3:  # VOLO classifies its tokens itself
+    if aux_head is not None and x.ndim == 3:  # the model classifies its tokens itself
         x = aux_head(x[:, 1:])
         return x.unflatten(1, _square(x.shape[1]))
     if x.ndim == 3:

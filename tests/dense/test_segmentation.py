@@ -1,4 +1,6 @@
 """Segmenters: any size, any decoder, losses, windows, mirrors, scores."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
@@ -69,7 +71,16 @@ def test_our_volo_is_an_encoder_by_name():
     with torch.no_grad():
         assert model.eval()(torch.randn(1, 3, 64, 96)).shape == (1, 4, 64, 96)
     names = smp.encoders.get_encoder_names()
-    assert set(timm.list_models('elsa_volo_*')) <= set(names) and 'elsa_models.dense' not in names
+    assert set(timm.list_models('elsa_volo_*')) <= set(names)
+
+
+def test_threads_share_no_state_of_the_library():
+    before = dict(smp.encoders.encoders)
+    backbones = [DenseBackbone('test_elsa_swin', model_args=dict(embed_dim=8 * i)) for i in (1, 2, 3, 4)]
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda b: Segmenter(b, 4, 'unet'), backbones))
+    assert all(m.backbone is b for m, b in zip(models, backbones))
+    assert smp.encoders.encoders == before
 
 
 @pytest.mark.parametrize('aux', [0, 8])

@@ -264,7 +264,7 @@ def test_another_architecture_is_an_error(tmp_path, weights):
     with pytest.raises(WeightsError, match=r'has 6 of the \d+ entries, and 0 others\. Missing \(\d+\): layers\.0\.'):
         convert(_write(tmp_path / 'y', few), ARCHITECTURE, kind='weights')
     torch.save(_detector(weights), path)
-    with pytest.raises(WeightsError, match='has the entries of an ELSA-Swin'):
+    with pytest.raises(WeightsError, match='has the entries of a backbone with four norms'):
         convert(path, 'test_elsa_volo')
     torch.save(dict(a=torch.zeros(2)), path)
     with pytest.raises(WeightsError, match='nothing in common'):

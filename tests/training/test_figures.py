@@ -103,7 +103,7 @@ def test_attention_is_drawn(tmp_path, in_chans):
 
 def test_attention_needs_a_local_layer(tmp_path):
     model = timm.create_model('test_resnet', num_classes=3)
-    with pytest.raises(ValueError, match='no ElsaAttention'):
+    with pytest.raises(ValueError, match='no local attention'):
         figures.draw_attention(
             model, lambda index: torch.randn(3, 32, 32), model.pretrained_cfg, _predictions([0], [0]),
             ['a', 'b', 'c'], tmp_path / 'a.png')

@@ -20,13 +20,12 @@ from ..._images import denormalise, normalise
 from ...export import export_onnx
 from ...inference import figures
 from ...inference.classifier import color_mode, create_eval_transform, normalised, resolve_images
-from ...layers import ElsaAttention
-from ...models import TokenLabelModel
+from ...inspect import has_local_attention
+from ...models import TokenLabelModel, families
 from ...models._checkpoint import WeightsError, read_checkpoint, unwrap
 from ...models._naming import ModelError, create_named, find_model
 from ...models._saving import save_folder
 from ...models._warm_start import warm_start
-from ...models.elsa_swin import is_authors
 from ..config import Recipe, RecipeError, weights_error
 from ..data import LabelledImages, Splits, create_train_transform, load_splits
 from ..evaluation import create_eval_loader, predict
@@ -221,7 +220,7 @@ class ClassificationJob(Job):
             figures.draw_confusion(predictions.targets, predictions.predicted, class_names, folder / CONFUSION)
             if not self.splits.is_stream:
                 figures.draw_predictions(self.splits.val, predictions, class_names, folder / PREDICTIONS)
-                if any(isinstance(m, ElsaAttention) for m in model.modules()):
+                if has_local_attention(model):
                     figures.draw_attention(
                         model, self._load, self.data_config, predictions, class_names, folder / ATTENTION)
 
@@ -257,7 +256,8 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
 def keeps_licence(recipe: Recipe) -> bool:
     """Whether a run starts from the weights that the model's cfg describes: its own, or the authors' file."""
     if recipe.checkpoint is not None:
-        return is_authors(unwrap(read_checkpoint(recipe.checkpoint)))
+        weights = unwrap(read_checkpoint(recipe.checkpoint))
+        return any(family.is_authors(weights) for family in families())
     return recipe.pretrained
 
 
