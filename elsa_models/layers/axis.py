@@ -20,7 +20,7 @@ def fit_table(table: torch.Tensor, length: int, beyond: str, keep_sums: bool = F
         keep_sums: Divide a stretched table by as much, so that sums over the pixels of a line keep their size.
     """
     last = (table.shape[-1] - 1) // 2  # the largest distance
-    if torch.jit.is_scripting() or not sizes_are_open():
+    if not sizes_are_open():
         if length <= last + 1:
             return table[..., last + 1 - length:last + length]
     distances = torch.arange(1 - length, length, device=table.device)

@@ -235,7 +235,7 @@ def _pad_for_halving(x: torch.Tensor, pad_odd: bool) -> torch.Tensor:
     H, W = x.shape[1], x.shape[2]
     if pad_odd:
         return pad_map(x, (H + 1) // 2 * 2, (W + 1) // 2 * 2)
-    if torch.jit.is_scripting() or not sizes_are_open():
+    if not sizes_are_open():
         return pad_map(x, max(H, 2), max(W, 2))
     return x
 

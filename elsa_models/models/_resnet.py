@@ -19,7 +19,7 @@ from timm.models._input import update_model_input_size
 from timm.models.byobnet import BottleneckBlock, ByobNet, LayerFn, Stem
 
 from ..layers.arguments import pair, whole_number
-from ..layers.sizes import sizes_are_open
+from ..layers.sizes import sizes_are_known, sizes_are_open
 from ._checkpoint import WeightsError
 
 _MIN_SIZE = 32  # in pixels: one of the last stage
@@ -35,12 +35,10 @@ def check_image_size(x: torch.Tensor) -> None:
     Raises:
         ValueError: They are smaller, or there are more or fewer dimensions.
     """
-    if torch.jit.is_scripting() or not torch.jit.is_tracing():
-        if x.dim() != 4:
-            raise ValueError(f'x: got shape {list(x.shape)}, must be images (B, C, H, W).')
-    if torch.jit.is_scripting() or not sizes_are_open():
-        if x.shape[2] < 32 or x.shape[3] < 32:  # no globals in TorchScript
-            raise ValueError(f'x: got images of {x.shape[2]} x {x.shape[3]} pixels, must be at least 32 x 32.')
+    if sizes_are_known() and x.dim() != 4:
+        raise ValueError(f'x: got shape {list(x.shape)}, must be images (B, C, H, W).')
+    if not sizes_are_open() and (x.shape[2] < 32 or x.shape[3] < 32):  # no globals in TorchScript
+        raise ValueError(f'x: got images of {x.shape[2]} x {x.shape[3]} pixels, must be at least 32 x 32.')
 
 
 torch.fx.wrap('check_image_size')

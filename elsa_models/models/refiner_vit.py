@@ -67,7 +67,7 @@ def resample_tokens(
         interpolation: 'bicubic_antialias' is timm's, 'bicubic' that of the authors' fine-tuning, 'bilinear_corners',
             which aligns corners, an option of theirs in the network.
     """
-    if torch.jit.is_scripting() or not sizes_are_open():
+    if not sizes_are_open():
         if grid_h == H and grid_w == W:
             return pos_embed
     C = pos_embed.shape[2]

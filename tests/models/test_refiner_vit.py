@@ -24,8 +24,8 @@ from timm.models import save_for_hf
 
 import elsa_models
 from elsa_models import reestimate_batch_norm, token_label_loss
+from elsa_models.inspect import count_macs
 from elsa_models.layers.mixers.refined import MapAttention, RefinedAttention
-from elsa_models.macs import count_macs
 from elsa_models.models import RefinerVit, _token_labels
 from elsa_models.models.refiner_vit import to_own_names
 

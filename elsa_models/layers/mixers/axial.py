@@ -100,7 +100,7 @@ def attend_axis(
     rel_query = by_pair(fit_table(rel_query, L, beyond)).to(qkv.dtype)
     rel_key = by_pair(fit_table(rel_key, L, beyond)).to(qkv.dtype)
     rel_value = by_pair(fit_table(rel_value, L, beyond)).to(qkv.dtype)
-    if torch.jit.is_scripting() or not sizes_are_open():
+    if not sizes_are_open():
         step = lines_at_once(L, num_heads, qkv.is_cuda)
         if S > step:
             return torch.cat(

@@ -57,7 +57,7 @@ def _attend_rows(q: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, num_heads:
     v = v.reshape(B, H, W, num_heads, C // num_heads).transpose(2, 3).reshape(lines, W, C // num_heads)
     rel = by_pair(rel.t()).transpose(0, 1)  # query, channels, key
     step = lines
-    if torch.jit.is_scripting() or not sizes_are_open():
+    if not sizes_are_open():
         step = lines_at_once(W, 1, q.is_cuda)
     if step < lines:
         x = torch.cat([_weigh(a, b, rel) for a, b in zip(q.split(step, dim=1), v.split(step))])
