@@ -15,7 +15,7 @@ from timm.models._hub import hf_split
 from ..models._checkpoint import WeightsError, filter_of, fit_weights, read_checkpoint, set_weights_finder
 from ..models._family import family_of
 from .cache import CacheEntry, cache_root, sha256_of
-from .sources import SourceError, download_from_drive, download_from_hub, drive_id, explain
+from .sources import SourceError, download_from_drive, download_from_hub, download_from_web, drive_id, explain
 
 _logger = logging.getLogger(__name__)
 
@@ -111,22 +111,26 @@ def _from_hub(entry: CacheEntry, name: str, architecture: str, cache_dir: Option
     return entry.add_tensors(tensors, repo_id, sha256)
 
 
-def _from_drive(entry: CacheEntry, file_id: str, architecture: str) -> Path:
+def _from_authors(entry: CacheEntry, url: str, architecture: str) -> Path:
+    def download() -> Path:
+        file_id = drive_id(url)
+        return download_from_web(url, entry.partial) if file_id is None else download_from_drive(file_id, entry.partial)
+
     continued = entry.partial.is_dir()
-    path = download_from_drive(file_id, entry.partial)
+    path = download()
     try:
         tensors = fit_to_architecture(path, architecture)
     except WeightsError:
         shutil.rmtree(entry.partial)  # complete but wrong: to continue it would be in vain
         if not continued:
             raise
-        path = download_from_drive(file_id, entry.partial)
+        path = download()
         try:
             tensors = fit_to_architecture(path, architecture)
         except WeightsError:
             shutil.rmtree(entry.partial)
             raise
-    return entry.add_tensors(tensors, f'https://drive.google.com/uc?id={file_id}', sha256_of(path))
+    return entry.add_tensors(tensors, url, sha256_of(path))
 
 
 def _find_released(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) -> Path:
@@ -160,16 +164,18 @@ def _find_released(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) ->
             else:
                 tried.append(_Attempt('the hub', f'no namespace is set ({_NAMESPACE_VARIABLE})'))
             try:
-                return _from_drive(entry, file_id, cfg.architecture)
+                return _from_authors(entry, cfg.url, cfg.architecture)
             except (WeightsError, OSError) as e:
                 error = explain(e)
-                tried.append(_Attempt(f'the authors\' file on Google Drive, {file_id}', error.reason, error.fix))
+                place = cfg.url if file_id is None else f'on Google Drive, {file_id}'
+                tried.append(_Attempt(f'the authors\' file {place}', error.reason, error.fix))
     except OSError as e:
         error = explain(e)
         tried.append(_Attempt(f'to write in {entry.folder}', error.reason, error.fix))
     fixes = list(dict.fromkeys(a.fix for a in tried if a.fix))
+    page = cfg.url if file_id is None else f'https://drive.google.com/file/d/{file_id}/view'
     fixes.append(
-        f'download https://drive.google.com/file/d/{file_id}/view in a browser, and timm.create_model('
+        f'download {page} in a browser, and timm.create_model('
         f'\'{cfg.architecture}\', pretrained=True, pretrained_cfg_overlay=dict(file=\'PATH\'))')
     raise WeightsError('\n'.join([
         f'{name}: pretrained=True, but the weights could not be had. Tried:',
@@ -179,15 +185,26 @@ def _find_released(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]]) ->
     ]))
 
 
+def _is_declared(cfg: PretrainedCfg) -> bool:
+    """Whether the url of a cfg is the one that a family of ours has in its `default_cfgs`."""
+    if not cfg.url or family_of(str(cfg.architecture)) is None:
+        return False
+    try:
+        declared = timm.models.get_pretrained_cfg(f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture)
+    except RuntimeError:  # a tag that nobody registered
+        return False
+    return declared is not None and declared.url == cfg.url
+
+
 def find_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = None) -> Optional[Path]:
     """The file that a cfg stands for, downloaded if need be: of a hub repository, or of a released weight.
 
     Args:
-        cfg: With `hf_hub_id` or the url of a file on Google Drive.
+        cfg: With `hf_hub_id`, the url of a file on Google Drive, or the url that a family declares for the weight.
         cache_dir: As in `timm.create_model`.
 
     Returns:
-        A path, or None if the cfg names neither.
+        A path, or None if the cfg names none of them: other urls are timm's to download.
 
     Raises:
         WeightsError: It could not be had.
@@ -200,7 +217,7 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = Non
             raise WeightsError(
                 f'{cfg.hf_hub_id}: the weights could not be had from the hub ({e.reason}).'
                 f'{" What helps: " + e.fix + "." if e.fix else ""}') from e
-    if drive_id(cfg.url) is None:
+    if drive_id(cfg.url) is None and not _is_declared(cfg):
         return None
     return _find_released(cfg, cache_dir)
 

@@ -1,9 +1,12 @@
-"""Where weights are downloaded from: repositories of a hub, and files on Google Drive."""
+"""Where weights are downloaded from: repositories of a hub, files on Google Drive, and files on the web."""
 import errno
 import hashlib
+import http.client
 import os
 import re
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Optional, Union
 from urllib.parse import parse_qs, urlsplit
@@ -16,8 +19,8 @@ from .._extras import how_to_install
 from ..models._checkpoint import WEIGHT_FILES, WeightsError
 from .cache import sha256_of
 
-_DRIVE_TIMEOUT = 30.  # seconds without a byte
-_DRIVE_RETRIES = 3
+_TIMEOUT = 30.  # seconds without a byte, of downloads from Google Drive and the web
+_RETRIES = 3
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 INSTALL_GDOWN = how_to_install('hub')
@@ -197,6 +200,68 @@ def _gdown(file_id: str, path: Path) -> None:
         quiet=bool(are_progress_bars_disabled()),
         use_cookies=False,
         resume=True,
-        timeout=_DRIVE_TIMEOUT,
-        retries=_DRIVE_RETRIES,
+        timeout=_TIMEOUT,
+        retries=_RETRIES,
     )
+
+
+def download_from_web(url: str, folder: Path) -> Path:
+    """A file at a plain address, by HTTP. An unfinished download in `folder` is continued.
+
+    Args:
+        url: Of http or https.
+        folder: Created if need be, and nobody else's.
+
+    Returns:
+        Path of the complete file, in `folder`.
+
+    Raises:
+        SourceError: It could not be had; what has come stays in `folder`.
+    """
+    if constants.is_offline_mode():
+        raise SourceError('HF_HUB_OFFLINE is set', GO_ONLINE)
+    path = folder / 'checkpoint'
+    if path.is_file():
+        return path
+    part = folder / 'checkpoint.part'
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for tries_left in reversed(range(_RETRIES + 1)):
+            try:
+                _fetch(url, part)
+                break
+            except (OSError, http.client.HTTPException) as e:
+                refused = isinstance(e, urllib.error.HTTPError) and e.code < 500
+                if refused or getattr(e, 'errno', None) in _UNWRITABLE or not tries_left:
+                    raise
+        part.replace(path)
+    except Exception as e:  # of urllib, of the operating system
+        raise explain(e) from e
+    return path
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Append what is missing of the file at `url`, or all of it where the server cannot continue."""
+    from .. import __version__
+    start = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={'User-Agent': f'elsa_models/{__version__}'})
+    if request.type not in ('http', 'https'):
+        raise SourceError(f'{url!r} is no address of http or https')
+    if start:
+        request.add_header('Range', f'bytes={start}-')
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as e:
+        if e.code != 416:  # what is there is as long as the file, or longer
+            raise
+        part.unlink()
+        return _fetch(url, part)
+    with response:
+        if response.status != 206:
+            start = 0
+        length = response.headers.get('Content-Length')
+        with open(part, 'ab' if start else 'wb') as f:
+            shutil.copyfileobj(response, f)
+            size = f.tell()
+    if length is not None and size != start + int(length):
+        raise ConnectionError(f'the connection ended after {size} of {start + int(length)} bytes')

@@ -1,4 +1,4 @@
-"""Servers on 127.0.0.1 that play a hub and Google Drive, for the real huggingface_hub and the real gdown.
+"""Servers on 127.0.0.1 that play a hub, Google Drive and a web page, for the real huggingface_hub and the real gdown.
 
 They keep everything in memory, write down every request, and fail on demand.
 """
@@ -108,7 +108,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class Server:
-    """Base of the two."""
+    """Base of them all."""
 
     def __init__(self):
         self.http = _Server(('127.0.0.1', 0), _Handler)
@@ -293,6 +293,25 @@ class DriveServer(Server):
     def downloads(self):
         """How often the file itself was asked for, and from which byte."""
         return [headers.get('Range') for _, path, headers in self.requests if path.startswith('/download')]
+
+
+class WebServer(Server):
+    """Files by path."""
+
+    def __init__(self):
+        super().__init__()
+        self.files = {}
+
+    def answer(self, h, method, path, query, body):
+        fault = self.take_fault(method)
+        if path not in self.files or fault and fault.kind == 'status':
+            return h.send(fault.status if fault else 404, b'<html>Error</html>', Content_Type='text/html')
+        h.send_file(self.files[path], fault, Content_Type='application/octet-stream')
+
+    @property
+    def downloads(self):
+        """From which byte a file was asked for, each time."""
+        return [headers.get('Range') for _, _, headers in self.requests]
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 1)
     monkeypatch.setattr(constants, 'HF_HUB_ETAG_TIMEOUT', 1)
     monkeypatch.setattr(file_download, '_ETAG_RETRY_TIMEOUT', 1)
-    monkeypatch.setattr(sources, '_DRIVE_TIMEOUT', 1.)
+    monkeypatch.setattr(sources, '_TIMEOUT', 1.)
     sleep = time.sleep
     for module in (_http, file_download):
         monkeypatch.setattr(module.time, 'sleep', lambda seconds: sleep(min(seconds, .01)))
@@ -156,7 +156,7 @@ def test_downloads_from_drive_that_break_are_continued_later(on_drive, own_world
     on_drive.fault = fault
     fault.times = 1
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sources, '_DRIVE_RETRIES', 0)
+        m.setattr(sources, '_RETRIES', 0)
         with pytest.raises(WeightsError, match='on Google Drive'):
             load()
     files = cache_files(own_world)
@@ -174,7 +174,7 @@ def test_downloads_from_drive_that_break_once_are_continued_at_once(on_drive, we
 def test_a_drive_that_cannot_continue_starts_again(on_drive, own_world, weights):
     on_drive.fault = Fault('truncate', times=1, after=70000)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(sources, '_DRIVE_RETRIES', 0)
+        m.setattr(sources, '_RETRIES', 0)
         with pytest.raises(WeightsError):
             load()
     on_drive.fault = Fault('no_ranges')
