@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layers.sizes import sizes_are_open
+from ..models import DEFAULT_MODEL
 from ..models._family import arguments_of, family_of
 from ..models._warm_start import warm_start as start_from_relative
 
@@ -63,7 +64,7 @@ class DenseBackbone(nn.Module):
 
     def __init__(
             self,
-            model: str = 'elsa_swin_tiny',
+            model: str = DEFAULT_MODEL,
             pretrained: bool = False,
             checkpoint: Optional[str] = None,
             warm_start: Optional[str] = None,

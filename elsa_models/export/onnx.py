@@ -16,6 +16,7 @@ from timm.layers import to_2tuple
 from timm.models import FeatureInfo, get_model_input_config
 
 from .._extras import require
+from .._images import denormalise
 from .._modes import evaluating
 from .rewrite import rewrite_for_runtimes
 
@@ -227,8 +228,8 @@ def _make_batches(
 
 
 def _to_bytes(images: torch.Tensor, data_config: Dict[str, Any]) -> torch.Tensor:
-    mean, std = (torch.tensor(data_config[k]).view(-1, 1, 1) for k in ('mean', 'std'))
-    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    images = denormalise(images, data_config['mean'], data_config['std'])
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _feature_strides(model: nn.Module) -> Optional[List[int]]:

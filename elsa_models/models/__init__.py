@@ -8,3 +8,6 @@ from .focal_transformer import FocalTransformer
 from .gsa_resnet import GsaResNet
 from .lg_transformer import LGTransformer
 from .refiner_vit import RefinerVit
+
+# what is taken where none is named: for dense tasks, and to try things out
+DEFAULT_MODEL, SMALL_MODEL = 'elsa_swin_tiny', 'test_elsa_swin'

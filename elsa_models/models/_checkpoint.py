@@ -14,7 +14,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, clean_state_dict, l
 from timm.models._builder import resolve_pretrained_cfg
 
 from ..layers.arguments import pair, whole_number
-from ._family import Family, arguments_of, family_of
+from ._family import Family, arguments_of, family_by_file, family_of
 
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder or repository, the first that exists
 _CONFIG_SOURCES = ('hf-hub', 'local-dir')  # of cfgs that timm read from a config.json
@@ -396,8 +396,6 @@ def build_model(
         pretrained: bool = False,
         pretrained_cfg: Optional[Union[str, Dict[str, Any]]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        filter_fn: Optional[Callable] = None,
-        relative: Optional[str] = None,
         **kwargs,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, with weights found by `set_weights_finder`'s and read by `read_checkpoint`.
@@ -408,17 +406,14 @@ def build_model(
         pretrained: Load weights.
         pretrained_cfg: As in `timm.create_model`.
         pretrained_cfg_overlay: As in `timm.create_model`; `use_ema=False` beside `file` passes over averaged weights.
-        filter_fn: Fits a checkpoint to the model; that of the model's family if None.
-        relative: Name of timm's weights to advise for a start where no weights are known; that of the family if None.
         **kwargs: Further arguments of `build_model_with_cfg` and of the model.
 
     Raises:
         WeightsError: Weights are asked for but none are known or can be found, or those found do not fit.
     """
-    family = family_of(model_cls)
-    if family is not None:
-        filter_fn = filter_fn or filter_of(family)
-        relative = relative or family.relatives.get(variant)
+    family = family_by_file(variant) or family_of(model_cls)
+    filter_fn = None if family is None else filter_of(family)
+    relative = None if family is None else family.relatives.get(variant)
     overlay = dict(pretrained_cfg_overlay or {})
     use_ema = overlay.pop('use_ema', True)
     source = pretrained_cfg.get('source') if isinstance(pretrained_cfg, dict) else None

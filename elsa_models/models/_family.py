@@ -94,17 +94,18 @@ def family_of(model: Union[str, nn.Module, Type[nn.Module]]) -> Optional[Family]
         return next((f for cls in model.__mro__ for f in _families.values() if f.model_cls is cls), None)
     if isinstance(model, nn.Module):
         name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
-        family = _family_by_file(name) if name else None
+        family = family_by_file(name) if name else None
         if family is not None and isinstance(model, family.model_cls):
             return family
         return family_of(type(model))
     name = model.partition('.')[0]
     if not timm.is_model(name) or timm.models.model_entrypoint(name).__module__.startswith('timm.'):
         return None
-    return _family_by_file(name) or family_of(timm.create_model(name, device='meta'))
+    return family_by_file(name) or family_of(timm.create_model(name, device='meta'))
 
 
-def _family_by_file(name: str) -> Optional[Family]:
+def family_by_file(name: str) -> Optional[Family]:
+    """The family in whose file an entry point is, if it is in one."""
     if not timm.is_model(name):
         return None
     module = timm.models.model_entrypoint(name).__module__

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Tuple, Type, TypeVar, Union, get_a
 
 import yaml
 
+from ..models import SMALL_MODEL
 from ..models._naming import HELP as NAMES
 
 _MAX_DEPTH = 20  # of mappings and lists within each other
@@ -91,7 +92,7 @@ class Values:
 class BaseRecipe(Values):
     """What every training has: model, optimiser, schedule, machine, output. A job adds its own by subclassing."""
     # model
-    model: str = value('test_elsa_swin', f'{NAMES}; a path comes with its weights')
+    model: str = value(SMALL_MODEL, f'{NAMES}; a path comes with its weights')
     model_args: Dict[str, Any] = value({}, 'further arguments of the model: img_size, kernel_size, ...')
     pretrained: bool = value(False, "start from the model's weights instead of random ones")
     checkpoint: Optional[str] = value(None, 'start from the weights in this file; a classifier of other classes is'
@@ -261,7 +262,7 @@ class Recipe(ImageValues, BaseRecipe):
 class Validation(ImageValues):
     """What scripts/validate.py measures."""
     data: Optional[str] = value(None, "as in a recipe; if none, that of the run that the model is from, else 'digits'")
-    model: str = value('test_elsa_swin', f'{NAMES}; or an ONNX file')
+    model: str = value(SMALL_MODEL, f'{NAMES}; or an ONNX file')
     model_args: Dict[str, Any] = value({}, 'further arguments of the model: img_size, kernel_size, ...')
     pretrained: bool = value(True, 'take the weights that the name stands for')
     checkpoint: Optional[str] = value(None, 'take the weights in this file instead')

@@ -1,7 +1,9 @@
 """A family in one file, box_family.py, is served by all that is generic, with no other file changed."""
+import ast
 import importlib
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,33 @@ def test_model_table(capsys):
     spec.loader.exec_module(script)
     script.main([NAME])
     assert capsys.readouterr().out.splitlines()[2].startswith(f'| {NAME} | 64 x 64 | 0.')
+
+
+def _names_in(path):
+    """What a file's code says, docstrings and comments left out: names, attributes, imported modules, strings."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    docstrings = {
+        id(node.body[0].value) for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body
+        and isinstance(node.body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value
+        yield from (getattr(node, field, None) or '' for field in ('id', 'attr', 'module', 'name')
+                    if isinstance(getattr(node, field, None) or '', str))
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from (a.name for a in node.names)
+
+
+def test_generic_code_names_no_family():
+    root = Path(elsa_models.__file__).parent
+    generic = [p for room in ('inspect', 'export', 'hub', 'dense', 'inference', 'training')
+               for p in (root / room).rglob('*.py')]
+    generic += [p for p in (root / 'models').glob('_*.py') if p.name != '__init__.py']
+    mixers = {c.__name__ for c in vars(elsa_models.layers).values() if isinstance(c, type)} & {
+        c.__name__ for c in elsa_models.layers.Mixer.__subclasses__()}
+    own = {n for f in families() for n in (f.name, f.model_cls.__name__, *f.model_names)} | mixers
+    assert len(own) > 20 and len(generic) > 30
+    found = [(path.name, name) for path in generic for text in _names_in(path)
+             for name in own if re.search(rf'\b{re.escape(name)}\b', text)]
+    assert not found
