@@ -249,6 +249,7 @@ class WindowAttention(WindowMixer):
             shift: bool = False,
             always_partition: bool = False,
             pad_before_shift: bool = False,
+            shift_each_side: bool = True,
             dynamic: bool = False,
             qkv_bias: bool = True,
             attn_drop: float = 0.,
@@ -265,6 +266,8 @@ class WindowAttention(WindowMixer):
             shift: Shift the windows by half their size.
             always_partition: Neither cut the window to the map nor leave out the shift.
             pad_before_shift: Pad first, then shift.
+            shift_each_side: Shift along every side that one window does not cover; otherwise only where one covers
+                neither side.
             dynamic: Take maps of any size.
             qkv_bias: Add a bias to query, key and value.
             attn_drop: Dropout rate of the attention weights.
@@ -274,7 +277,7 @@ class WindowAttention(WindowMixer):
             ValueError: num_heads does not divide dim.
         """
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(feat_size, window_size, shift, always_partition, pad_before_shift, dynamic)
+        super().__init__(feat_size, window_size, shift, always_partition, pad_before_shift, shift_each_side, dynamic)
         if dim % num_heads != 0:
             raise ValueError(f'num_heads: got {num_heads}, must be a divisor of the {dim} channels.')
         self.dim = dim
