@@ -34,6 +34,8 @@ class Family:
         relatives: Names of timm's weights from which an entry point can start, where it has none of its own.
         marks: Ends of names in an attention, such as 'attn_conv.weight'. Where either the model or a relative has them
             and the other has not, the two attentions share nothing, whatever their names.
+        silenced: Pattern of parameters that a start from weights without them sets to zero, so that the model begins as
+            the relative; None for none.
         first_conv: Convolution that takes the images.
         classifiers: Modules whose shapes depend on the number of classes.
         top1: Published accuracy of entry points on ImageNet-1k at their input size, in percent.
@@ -48,6 +50,7 @@ class Family:
     is_authors: Callable[[StateDict], bool] = _never
     relatives: Mapping[str, str] = field(default_factory=dict)
     marks: Tuple[str, ...] = ()
+    silenced: Optional[str] = None
     first_conv: str = 'patch_embed.proj'
     classifiers: Tuple[str, ...] = ('head.fc',)
     top1: Mapping[str, float] = field(default_factory=dict)

@@ -1,5 +1,6 @@
 """Weights of related models as a start, for models that have none of their own."""
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterable, Set, Tuple, Union
 
@@ -19,13 +20,14 @@ _FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar', '.ckpt')
 class WarmStartReport:
     """What `warm_start` did with each entry of the model's state dict.
 
-    Each of the three groups maps names to numbers of parameters; buffers have none.
+    Each of the four groups maps names to numbers of parameters; buffers have none.
     """
     source: str
     copied: Dict[str, int]  # equal to the source's
     resized: Dict[str, int]  # resampled to other sizes, or adapted to other image channels
     left: Dict[str, int]  # at their value before
     unused: Tuple[str, ...]  # entries of the source that went nowhere
+    silenced: Dict[str, int] = field(default_factory=dict)  # set to zero, so that the model begins as the source
 
     @property
     def num_copied(self) -> int:
@@ -43,15 +45,23 @@ class WarmStartReport:
         return sum(self.left.values())
 
     @property
+    def num_silenced(self) -> int:
+        """Parameters that were set to zero."""
+        return sum(self.silenced.values())
+
+    @property
     def num_params(self) -> int:
         """All parameters of the model."""
-        return self.num_copied + self.num_resized + self.num_left
+        return self.num_copied + self.num_resized + self.num_left + self.num_silenced
 
     def __str__(self) -> str:
         total = self.num_params
         lines = [f'warm start from {self.source}: {total:,} parameters']
-        for group, num in (('copied', self.num_copied), ('resized', self.num_resized), ('left', self.num_left)):
-            entries = getattr(self, group)
+        groups = [('copied', self.num_copied), ('resized', self.num_resized), ('left', self.num_left)]
+        if self.silenced:
+            groups.insert(2, ('zeroed', self.num_silenced))
+        for group, num in groups:
+            entries = self.silenced if group == 'zeroed' else getattr(self, group)
             line = f'  {group:8}{num:>13,}  {100. * num / max(total, 1):5.1f} %  {len(entries)} entries'
             if entries and group != 'copied':
                 line += ': ' + ', '.join(self._topmost(entries))
@@ -61,7 +71,8 @@ class WarmStartReport:
 
     def _topmost(self, entries: Dict[str, int]) -> Iterable[str]:
         """The names of entries, with modules in place of what is all of their entries."""
-        others = [n for g in (self.copied, self.resized, self.left) if g is not entries for n in g]
+        groups = (self.copied, self.resized, self.left, self.silenced)
+        others = [n for g in groups if g is not entries for n in g]
         names = {}
         for name in entries:
             parts = name.split('.')
@@ -133,7 +144,8 @@ def warm_start(
 
     Shared are entries of the same name and shape. Position embeddings, relative position tables and patch embeddings
     of other sizes are resampled, a first convolution for other image channels is adapted. Attention of another kind is
-    left at its initial value with all its parts, and so are classifiers for other numbers of classes.
+    left at its initial value with all its parts, and so are classifiers for other numbers of classes. Parts that the
+    model adds to its relative's may be set to zero, where their family says so: it then begins as the relative.
 
     Args:
         model: A model of this package; feature extractors have to be made from the model afterwards.
@@ -188,14 +200,19 @@ def warm_start(
             reason = f'{k!r} has shape {tuple(found[k].shape)} there and {tuple(own[k].shape)} in the model'
         raise ValueError(f'source: {label!r} has nothing in common with the stages of the model: {reason}.')
     _check_family(label, found, model, replaced)
+    silenced = set()
+    if family.silenced is not None:
+        silenced = {k for k in own if k not in found and re.search(family.silenced, k)}
+        entries.update({k: torch.zeros_like(own[k]) for k in silenced})
 
     num_params = {name: 0 for name in own}
     num_params.update((name, p.numel()) for name, p in model.named_parameters())
     model.load_state_dict({**own, **entries})
     return WarmStartReport(
         source=label,
-        copied={k: n for k, n in num_params.items() if k in entries and k not in resized},
+        copied={k: n for k, n in num_params.items() if k in entries and k not in resized and k not in silenced},
         resized={k: n for k, n in num_params.items() if k in resized},
         left={k: n for k, n in num_params.items() if k not in entries},
         unused=tuple(k for k in found if k not in entries),
+        silenced={k: n for k, n in num_params.items() if k in silenced},
     )

@@ -379,5 +379,13 @@ register_family(Family(
     to_own_names=to_own_names,
     is_authors=is_authors,
     marks=('pooled_bias',),
+    top1=dict(
+        focal_tiny_patch4_window7_224=82.2,
+        focal_small_patch4_window7_224=83.6,
+        focal_base_patch4_window7_224=84.0,
+        focal_tiny_useconv_patch4_window7_224=82.7,
+        focal_small_useconv_patch4_window7_224=83.8,
+        focal_base_useconv_patch4_window7_224=84.2,
+    ),
     dense_args=dict(pad_odd=True),
 ))

@@ -212,4 +212,5 @@ register_family(Family(
     relatives={
         f'lg_{size}_patch4_window7_224': f'swin_{size}_patch4_window7_224.ms_in1k' for size in ('tiny', 'small')},
     marks=('attn_conv.weight',),
+    silenced=r'\.attn\.paths\.[1-9]\d*\.proj\.',
 ))
