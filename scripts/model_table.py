@@ -37,6 +37,8 @@ def _weights(name: str) -> str:
         return '-'
     if cfg.hf_hub_id:
         return f'[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id})'
+    if cfg.notes:
+        return cfg.notes[0]
     if not cfg.url:
         return 'none released'
     return f'[the authors\'{", on Google Drive" if "drive.google.com" in cfg.url else ""}]({cfg.url})'

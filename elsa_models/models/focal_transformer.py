@@ -302,7 +302,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
         'first_conv': 'patch_embed.proj', 'classifier': 'head.fc',
         'license': 'mit', 'origin_url': 'https://github.com/microsoft/Focal-Transformer',
         'paper_name': 'Focal Self-attention for Local-Global Interactions in Vision Transformers',
-        'paper_ids': 'arXiv:2107.00641',
+        'paper_ids': 'arXiv:2107.00641', 'notes': ('the authors\' are not online any more',),
         **kwargs,
     }
 

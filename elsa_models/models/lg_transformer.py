@@ -169,6 +169,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
         'first_conv': 'patch_embed.proj', 'classifier': 'head.fc',
         'paper_name': 'Local-to-Global Self-Attention in Vision Transformers', 'paper_ids': 'arXiv:2107.04735',
         'description': 'Reconstructed from the abstract and the parameter count.',
+        'notes': ('none: reconstructed from the abstract and the parameter count',),
         **kwargs,
     }
 
