@@ -377,7 +377,8 @@ def test_missing_package_is_named_before_training(tmp_path, monkeypatch, name, e
 
 
 @pytest.mark.slow
-def test_digits_recipe_reaches_its_accuracy(tmp_path):
-    path = Path(__file__).parents[2] / 'configs' / 'digits.yaml'
+@pytest.mark.parametrize('name', ['digits', 'digits_focal', 'digits_lg'])
+def test_digits_recipe_reaches_its_accuracy(tmp_path, name):
+    path = Path(__file__).parents[2] / 'configs' / f'{name}.yaml'
     result = run(load_recipe(path, dict(output=str(tmp_path), onnx=False, figures=False)))
     assert result.metrics['val_images'] == 450 and result.metrics['val_top1'] >= 97.
