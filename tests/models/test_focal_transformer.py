@@ -2,7 +2,6 @@
 import numpy as np
 import pytest
 import torch
-from elsa_models.macs import count_macs
 from focal_reference import MISTAKES, network, to_authors
 from helpers import DATA, assert_near, max_error
 from keyed import check_record, keyed, keyed_state_dict, load, randn
@@ -10,6 +9,7 @@ from timm import create_model
 
 from elsa_models.dense.features import DenseBackbone
 from elsa_models.hub import WeightsError
+from elsa_models.inspect import count_macs
 from elsa_models.models.focal_transformer import to_own_names
 
 TINY, USECONV = 'focal_tiny_patch4_window7_224', 'focal_tiny_useconv_patch4_window7_224'

@@ -2,12 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from elsa_models.macs import count_macs
 from helpers import DATA, assert_near
 from keyed import check_record, keyed_state_dict, load, randn
 from timm import create_model
 
 import elsa_models
+from elsa_models.inspect import count_macs
 
 TINY, SWIN = 'lg_tiny_patch4_window7_224', 'swin_tiny_patch4_window7_224'
 SMALL_SWIN = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=5)
