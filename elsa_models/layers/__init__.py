@@ -4,8 +4,10 @@ from .mixers import (
     ElsaAttention,
     FocalAttention,
     GlobalSelfAttention,
+    KeyOnlyAttention,
     LocalGlobalAttention,
     Mixer,
+    StandAloneSelfAttention,
     WindowAttention,
 )
 from .sizes import check_size, pad_map, sizes_are_open

@@ -6,8 +6,10 @@ from .elsa_swin import ElsaSwin
 from .elsa_volo import ElsaVolo
 from .focal_transformer import FocalTransformer
 from .gsa_resnet import GsaResNet
+from .keyonly_resnet import KeyOnlyResNet
 from .lg_transformer import LGTransformer
 from .refiner_vit import RefinerVit
+from .sasa_resnet import SasaResNet
 
 # what is taken where none is named: for dense tasks, and to try things out
 DEFAULT_MODEL, SMALL_MODEL = 'elsa_swin_tiny', 'test_elsa_swin'

@@ -2,6 +2,8 @@ from .axial import AxialAttention
 from .elsa import ElsaAttention
 from .focal import FocalAttention
 from .gsa import GlobalSelfAttention
+from .key_only import KeyOnlyAttention
 from .lg import LocalGlobalAttention
 from .mixer import Mixer
+from .sasa import StandAloneSelfAttention
 from .window import WindowAttention
