@@ -176,6 +176,7 @@ class _Strips:
         self.attn, self.weights = attn, weights
         self.expand, self.reduce = weights.expand.flatten(1), weights.reduce.flatten(1)
         self.halo = halo
+        self.kept: Optional[torch.Tensor] = None  # D's output, from `keep` on
 
     def __iter__(self) -> Iterator[Tuple[slice, int, int]]:
         """Images and query rows of each strip."""
@@ -207,8 +208,20 @@ class _Strips:
 
     def expanded(self, images: slice, low: int, high: int, first: _Affine) -> torch.Tensor:
         """D * relu6(BN1(W1 * A)): (b, m, rows, N)."""
+        if self.kept is not None:
+            return self.kept[images, :, low:high]
         above, below = min(1, low), min(1, self.attn.shape[2] - high)
         return self.convolved(self.hidden(images, low - above, high + below, first), above, below)
+
+    def keep(self, first: _Affine) -> Iterator[Tuple[Tuple[slice, int, int], torch.Tensor]]:
+        """Strips and what `expanded` gives for them, which it keeps."""
+        B, _, N, _ = self.attn.shape
+        kept = self.attn.new_empty(B, self.expand.shape[0], N, N)
+        for images, low, high in self:
+            x = self.expanded(images, low, high, first)
+            kept[images, :, low:high] = x
+            yield (images, low, high), x
+        self.kept = kept
 
     def activated(self, x: torch.Tensor, second: _Affine) -> torch.Tensor:
         """relu6(BN2(x)): (b, m, rows, N)."""
@@ -251,8 +264,8 @@ def _forward(
 
     if norms[1].mean is None:
         statistics = _Statistics()
-        for strip in strips:
-            statistics.add(strips.expanded(*strip, affine[0]))
+        for _, x in strips.keep(affine[0]):
+            statistics.add(x)
         settle(*statistics.total())
     else:
         settle(count, None, None)
@@ -380,9 +393,8 @@ def _backward(
     kept = torch.empty_like(attn)
     grad_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
     s4, sx4, s_x3, x3_sum, x4_sum, x34 = (attn.new_zeros(attn.shape[1]) for _ in range(6))
-    for images, low, high in strips:
-        x = strips.activated(strips.expanded(images, low, high, first), second)
-        kept[images, :, low:high] = x = strips.reduced(x)
+    for (images, low, high), x in strips.keep(first):
+        kept[images, :, low:high] = x = strips.reduced(strips.activated(x, second))
         after = torch.addcmul(third.shift[:, None, None], x, third.gain[:, None, None])
         after += strips.maps(images, low, high)
         g = grad_maps(images, low, high)
@@ -409,12 +421,14 @@ def _backward(
         g = before_norm(grad_maps(images, low, high), normalised(after, fourth), fourth, s4_all, sx4_all)
         return g, before_norm(g, normalised(x, third), third, s3_all, sx3_all)
 
-    def grad_activated(images: slice, low: int, high: int, y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    def grad_activated(y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         # of BN2's output, from y = relu6 of it and the gradient of R
-        x = torch.bmm(strips.reduce.t().expand(len(g), -1, -1), g.flatten(2)).unflatten(2, (high - low, N))
+        x = torch.bmm(strips.reduce.t().expand(len(g), -1, -1), g.flatten(2)).unflatten(2, g.shape[2:])
         return torch.ops.aten.hardtanh_backward(x, y, 0., 6.)
 
     # second pass: W3 and the sums that BN2 needs
+    grad_attn = torch.empty_like(attn)
+    grads = torch.empty_like(strips.kept)  # of BN2's output
     grad_reduce = torch.zeros_like(strips.reduce)
     s2, sx2 = (attn.new_zeros(strips.expand.shape[0]) for _ in range(2))
     grad_bias3 = torch.zeros_like(s3)  # s3, with less rounding: it vanishes where BN4 has the batch's statistics
@@ -422,15 +436,15 @@ def _backward(
         x = strips.expanded(images, low, high, first)
         y = strips.activated(x, second)
         direct, g = grad_reduced(images, low, high)
+        grad_attn[images, :, low:high] = direct
         grad_bias3 += direct.sum(dim=(0, 2, 3))
         grad_reduce += torch.bmm(g.flatten(2), y.flatten(2).transpose(1, 2)).sum(dim=0)
-        g = grad_activated(images, low, high, y, g)
+        grads[images, :, low:high] = g = grad_activated(y, g)
         s2 += g.sum(dim=(0, 2, 3))
         sx2 += _inner(g, normalised(x, second))
     s2_all, sx2_all = total(1, s2, sx2)
 
     # third pass: D, W1 and A
-    grad_attn = torch.empty_like(attn)
     grad_depthwise = torch.zeros_like(weights.depthwise)
     s1 = attn.new_zeros(strips.expand.shape[0])
     cross = torch.zeros_like(strips.expand)  # gradient of BN1's output times A
@@ -438,14 +452,9 @@ def _backward(
     back = (first.gain[:, None] * strips.expand).t()
     for images, low, high in strips:
         top, bottom = max(low - 1, 0), min(high + 1, N)  # rows of D's output that see the strip
-        above, below = min(1, top), min(1, N - bottom)
-        inputs = strips.hidden(images, top - above, bottom + below, first)
-        x = strips.convolved(inputs, above, below)
-        direct, g = grad_reduced(images, top, bottom)
-        direct = direct[:, :, low - top:high - top]
-        g = grad_activated(images, top, bottom, strips.activated(x, second), g)
-        g = before_norm(g, normalised(x, second), second, s2_all, sx2_all)
-        inputs = inputs[:, :, above:inputs.shape[2] - below]  # rows top to bottom
+        inputs = strips.hidden(images, top, bottom, first)
+        x = normalised(strips.kept[images, :, top:bottom], second)
+        g = before_norm(grads[images, :, top:bottom], x, second, s2_all, sx2_all)
         own = g[:, :, low - top:high - top]
         padded = F.pad(inputs, (0, 0, 1 - (low - top), 1 - (bottom - high)))
         grad_depthwise += torch.ops.aten.convolution_backward(
@@ -457,7 +466,7 @@ def _backward(
         g = g.flatten(2)
         cross += torch.bmm(g, strips.maps(images, low, high).flatten(2).transpose(1, 2)).sum(dim=0)
         g = torch.bmm(back.expand(len(g), -1, -1), g).unflatten(2, (high - low, N))
-        grad_attn[images, :, low:high] = g.add_(direct)
+        grad_attn[images, :, low:high] += g
     expand = strips.expand
     sx1 = first.rstd * ((expand * cross).sum(dim=1) - first.mean * s1)
     grad_expand = first.gain[:, None] * cross

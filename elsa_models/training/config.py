@@ -212,6 +212,10 @@ class ImageValues(Values):
 @dataclasses.dataclass
 class Recipe(ImageValues, BaseRecipe):
     """The recipe of a classifier."""
+    # first statistics
+    reestimate: int = value(0, 'before training, find the statistics of batch norms anew on this many images, a few'
+                               ' hundred; for a Refiner-ViT from weights of another size', low=0)
+
     # augmentation
     train_crop_mode: str = value('rrc', 'rrc: random resized crop; rkrc, rkrr: resize by a random ratio, then crop or'
                                         ' pad in the centre or at random', choices=('rrc', 'rkrc', 'rkrr'))
@@ -269,6 +273,8 @@ class Validation(ImageValues):
     onnx: Optional[str] = value(None, 'measure this ONNX file; the model says how images are prepared')
     part: str = value('val', 'images to measure: those held out, those to train on, or all',
                       choices=('val', 'train', 'all'))
+    reestimate: int = value(0, 'first find the statistics of batch norms anew on this many images to train on, a few'
+                               ' hundred; for a Refiner-ViT at another size than its weights were trained on', low=0)
     batch_size: int = value(64, 'images that are computed at once', low=1)
     workers: int = value(0, 'processes that load images', low=0)
     device: str = value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu')

@@ -1,14 +1,17 @@
-"""Classifying whole data sets, each image once over all processes."""
+"""Classifying whole data sets, each image once over all processes, and statistics of batch norms from their images."""
+import copy
 from functools import partial
 from typing import Any, Dict, List
 
 import torch
 import torch.nn as nn
 from timm.data.loader import fast_collate
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from .._images import DataError
-from ..inference.classifier import Predictions, normalised
+from ..inference.classifier import Predictions, create_eval_transform, normalised
+from ..layers.batch_norm import reestimate_batch_norm
+from .config import RecipeError
 from .loading import EvalLoader
 from .world import World
 
@@ -70,3 +73,43 @@ def predict(model: Any, loader: EvalLoader, world: World) -> Predictions:
     if not len(index):
         raise DataError('none of the images to evaluate on can be read.')
     return Predictions(*(x[index] for x in merged), index)
+
+
+def reestimate(
+        model: nn.Module,
+        images: Dataset,
+        number: int,
+        batch_size: int,
+        world: World,
+        data_config: Dict[str, Any],
+        workers: int = 0,
+) -> None:
+    """Find the statistics of a model's batch norms anew, on images drawn from those to train on.
+
+    Every process takes the same images, and gets the same statistics. See `elsa_models.reestimate_batch_norm`.
+
+    Args:
+        model: On the device of the process.
+        images: Those to train on; their transform stays.
+        number: How many to take; of more than one batch, whole batches.
+        batch_size: Images of a batch.
+        world: This process.
+        data_config: As in `create_eval_loader`.
+        workers: Processes that load.
+
+    Raises:
+        RecipeError: The images are a stream, or the model has no batch norm.
+    """
+    if isinstance(images, IterableDataset):
+        raise RecipeError('reestimate: images that come as a stream cannot be drawn from; must be 0.')
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:number]
+    if len(order) > batch_size:
+        order = order[:len(order) // batch_size * batch_size]  # batches count alike
+    images = copy.copy(images)
+    images.transform = create_eval_transform(data_config)
+    loader = create_eval_loader(
+        Subset(images, order.tolist()), batch_size, World(world.device), data_config, workers)
+    try:
+        reestimate_batch_norm(model, (batch[targets >= 0] for batch, targets in loader))
+    except ValueError as e:
+        raise RecipeError(f'reestimate: {e}') from e

@@ -8,9 +8,9 @@ import torch
 
 from ..inference.classifier import Classifier, color_mode, create_eval_transform, load_classifier
 from ..models._naming import ModelError, find_model
-from .config import ImageValues, Recipe, Validation, load_recipe
+from .config import ImageValues, Recipe, RecipeError, Validation, load_recipe
 from .data import LabelledImages, load_splits
-from .evaluation import create_eval_loader, predict
+from .evaluation import create_eval_loader, predict, reestimate
 from .world import join_world
 
 
@@ -26,6 +26,7 @@ def validate(values: Validation) -> Dict[str, Any]:
     Raises:
         ModelError: There is no such model, or it has other classes than the data.
         DataError: The data cannot be used.
+        RecipeError: Statistics are to be found anew, and cannot be.
     """
     values = _with_data(values)
     world = join_world(values.device)
@@ -33,6 +34,13 @@ def validate(values: Validation) -> Dict[str, Any]:
     classifier = load_classifier(
         values.model, world.device, values.preparation(), values.model_args, values.pretrained, values.checkpoint,
         values.onnx, values.num_classes)
+    if values.reestimate:
+        if not isinstance(classifier.logits, torch.nn.Module):
+            raise RecipeError('reestimate: statistics in an ONNX file cannot change; must be 0.')
+        splits.set_mode(color_mode(classifier.data_config))
+        reestimate(
+            classifier.model, splits.train, values.reestimate, values.batch_size, world, classifier.data_config,
+            values.workers)
     dataset = splits.part(values.part)
     dataset.transform = create_eval_transform(classifier.data_config)
     splits.set_mode(color_mode(classifier.data_config))

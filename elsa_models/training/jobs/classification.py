@@ -28,7 +28,7 @@ from ...models._saving import save_folder
 from ...models._warm_start import warm_start
 from ..config import Recipe, RecipeError, weights_error
 from ..data import LabelledImages, Splits, create_train_transform, load_splits
-from ..evaluation import create_eval_loader, predict
+from ..evaluation import create_eval_loader, predict, reestimate
 from ..job import Job
 from ..loading import EvalLoader, TrainLoader
 from ..token_labels import TokenLabelledImages, TokenLabelTask, TokenMaps, collate
@@ -70,6 +70,10 @@ class ClassificationJob(Job):
             self.splits.set_mode(color_mode(self.data_config))
         except ModelError as e:
             raise RecipeError(str(e)) from e
+        if recipe.reestimate:
+            reestimate(
+                model, self.splits.train, recipe.reestimate, recipe.eval_batch_size, world, self.data_config,
+                recipe.workers)
         train, collate_train = self._train_images()
         self.splits.val.transform = create_eval_transform(self.data_config)
         self.train_loader = TrainLoader(
