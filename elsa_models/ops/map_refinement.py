@@ -311,6 +311,22 @@ def _forward(
     return out, _State(affine, moments, mean, scatter)
 
 
+def _per_map(x: torch.Tensor) -> torch.Tensor:
+    return x[:, None, None]
+
+
+def _input_gradient(norm: _Affine, s: torch.Tensor, sx: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """What the gradient of a norm's input is made of beside the gain: slope and constant of each map.
+
+    Args:
+        norm: The norm.
+        s: Sum of its output's gradients over the batch.
+        sx: Sum of their products with its normalised input.
+    """
+    slope = -norm.share * norm.gain * norm.rstd * sx
+    return slope, -norm.share * norm.gain * s - slope * norm.mean
+
+
 def _inner(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Sum of products of two stacks of maps (b, C, rows, N), for each of the C maps."""
     return (x * y).sum(dim=(0, 2, 3))
@@ -367,6 +383,7 @@ def _backward(
     """Gradients of attn, value, the three convolutions, and weight and bias of each norm.
 
     In the names, s is a sum of gradients over all entries of a map, and sx one of their products with the normalised x.
+    The gradient of a norm's input is `gain * g + slope * x + constant`, see `_input_gradient`.
     """
     first, second, third, fourth = state.affine
     strips = _Strips(attn, weights, halo=2)
@@ -374,74 +391,68 @@ def _backward(
     count = attn.numel() // attn.shape[1]
     grad = grad.contiguous()
 
-    def normalised(x: torch.Tensor, norm: _Affine) -> torch.Tensor:
-        return torch.addcmul((-norm.rstd * norm.mean)[:, None, None], x, norm.rstd[:, None, None])
-
     def total(i: int, *sums: torch.Tensor) -> List[torch.Tensor]:
         return _all_sum(norms[i].group if norms[i].mean is None else None, *sums)
 
-    def before_norm(g: torch.Tensor, x: torch.Tensor, norm: _Affine, s: torch.Tensor, sx: torch.Tensor) -> torch.Tensor:
-        # gradient of a norm's input from that of its output, its normalised input and sums over the batch
-        if norm.share != 0.:
-            g = g - norm.share * torch.addcmul(s[:, None, None], x, sx[:, None, None])
-        return g * norm.gain[:, None, None]
+    def after_norm3(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(_per_map(third.shift), x, _per_map(third.gain)).add_(maps)
 
-    def grad_maps(images: slice, low: int, high: int) -> torch.Tensor:  # of BN4's output
-        return scale * torch.matmul(grad[images, :, low:high], value[images].transpose(-2, -1))
-
-    # first pass: the reduced maps R, and the sums that BN4 and BN3 need
-    kept = torch.empty_like(attn)
+    # first pass: the reduced maps R, and the sums that BN4 and BN3 need. The gradient of M, grad value^T, is not made:
+    # its products with maps are those of grad and the maps times the values.
+    reduced = torch.empty_like(attn)
     grad_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
-    s4, sx4, s_x3, x3_sum, x4_sum, x34 = (attn.new_zeros(attn.shape[1]) for _ in range(6))
+    s_x4, s_x3, x3_sum, x4_sum, x34 = (attn.new_zeros(attn.shape[1]) for _ in range(5))
     for (images, low, high), x in strips.keep(first):
-        kept[images, :, low:high] = x = strips.reduced(strips.activated(x, second))
-        after = torch.addcmul(third.shift[:, None, None], x, third.gain[:, None, None])
-        after += strips.maps(images, low, high)
-        g = grad_maps(images, low, high)
-        x3, x4 = normalised(x, third), normalised(after, fourth)
-        refined = torch.addcmul(fourth.shift[:, None, None], after, fourth.gain[:, None, None])
-        grad_value[images] += scale * torch.matmul(refined.transpose(-2, -1), grad[images, :, low:high])
-        s4 += g.sum(dim=(0, 2, 3))
-        sx4 += _inner(g, x4)
-        s_x3 += _inner(g, x3)
-        x3_sum += x3.sum(dim=(0, 2, 3))
-        x4_sum += x4.sum(dim=(0, 2, 3))
-        x34 += _inner(x3, x4)
+        reduced[images, :, low:high] = x = strips.reduced(strips.activated(x, second))
+        after = after_norm3(x, strips.maps(images, low, high))
+        x = x - _per_map(third.mean)
+        rows = grad[images, :, low:high]
+        s_x4 += _inner(rows, torch.matmul(after, value[images]))
+        s_x3 += _inner(rows, torch.matmul(x, value[images]))
+        grad_value[images] += torch.matmul(after.transpose(-2, -1), rows)
+        x3_sum += x.sum(dim=(0, 2, 3))
+        x4_sum += after.sum(dim=(0, 2, 3))
+        x34 += _inner(x, after)
+    grad_sum = grad.sum(dim=2, keepdim=True)
+    grad_value = scale * torch.addcmul(_per_map(fourth.shift) * grad_sum, grad_value, _per_map(fourth.gain))
+    s4 = scale * (grad_sum * value.sum(dim=2, keepdim=True)).sum(dim=(0, 2, 3))
+    sx4 = fourth.rstd * (scale * s_x4 - fourth.mean * s4)
+    s_x3, x34 = third.rstd * scale * s_x3, third.rstd * fourth.rstd * (x34 - fourth.mean * x3_sum)
+    x3_sum, x4_sum = third.rstd * x3_sum, fourth.rstd * (x4_sum - count * fourth.mean)
     s4_all, sx4_all = total(3, s4, sx4)
     # BN3's output has the gradient of BN4's input; its sums follow
     s3 = fourth.gain * (s4 - fourth.share * (count * s4_all + x4_sum * sx4_all))
     sx3 = fourth.gain * (s_x3 - fourth.share * (x3_sum * s4_all + x34 * sx4_all))
     s3_all, sx3_all = total(2, s3, sx3)
 
-    def grad_reduced(images: slice, low: int, high: int) -> Tuple[torch.Tensor, torch.Tensor]:
-        # of BN4's input, which is A's directly, and of R
-        x = kept[images, :, low:high]
-        after = torch.addcmul(third.shift[:, None, None], x, third.gain[:, None, None])
-        after += strips.maps(images, low, high)
-        g = before_norm(grad_maps(images, low, high), normalised(after, fourth), fourth, s4_all, sx4_all)
-        return g, before_norm(g, normalised(x, third), third, s3_all, sx3_all)
-
-    def grad_activated(y: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        # of BN2's output, from y = relu6 of it and the gradient of R
-        x = torch.bmm(strips.reduce.t().expand(len(g), -1, -1), g.flatten(2)).unflatten(2, g.shape[2:])
-        return torch.ops.aten.hardtanh_backward(x, y, 0., 6.)
-
     # second pass: W3 and the sums that BN2 needs
     grad_attn = torch.empty_like(attn)
     grads = torch.empty_like(strips.kept)  # of BN2's output
     grad_reduce = torch.zeros_like(strips.reduce)
     s2, sx2 = (attn.new_zeros(strips.expand.shape[0]) for _ in range(2))
-    grad_bias3 = torch.zeros_like(s3)  # s3, with less rounding: it vanishes where BN4 has the batch's statistics
+    bias3 = torch.zeros_like(s3)  # s3, with less rounding: it vanishes where BN4 has the batch's statistics
+    weighted = scale * _per_map(fourth.gain) * grad
+    slope4, constant4 = _input_gradient(fourth, s4_all, sx4_all)
+    slope3, constant3 = _input_gradient(third, s3_all, sx3_all)
     for images, low, high in strips:
+        maps, x = strips.maps(images, low, high), reduced[images, :, low:high]
+        g = torch.matmul(weighted[images, :, low:high], value[images].transpose(-2, -1))
+        if fourth.share != 0.:
+            g.addcmul_(after_norm3(x, maps), _per_map(slope4)).add_(_per_map(constant4))
+        grad_attn[images, :, low:high] = g
+        bias3 += g.sum(dim=(0, 2, 3))
+        g = torch.addcmul(_per_map(constant3), g, _per_map(third.gain))
+        if third.share != 0.:
+            g.addcmul_(x, _per_map(slope3))
         x = strips.expanded(images, low, high, first)
         y = strips.activated(x, second)
-        direct, g = grad_reduced(images, low, high)
-        grad_attn[images, :, low:high] = direct
-        grad_bias3 += direct.sum(dim=(0, 2, 3))
         grad_reduce += torch.bmm(g.flatten(2), y.flatten(2).transpose(1, 2)).sum(dim=0)
-        grads[images, :, low:high] = g = grad_activated(y, g)
+        g = torch.bmm(strips.reduce.t().expand(len(g), -1, -1), g.flatten(2)).view_as(y)
+        g = torch.ops.aten.hardtanh_backward(g, y, 0., 6.)
+        grads[images, :, low:high] = g
         s2 += g.sum(dim=(0, 2, 3))
-        sx2 += _inner(g, normalised(x, second))
+        sx2 += _inner(g, x)
+    sx2 = second.rstd * (sx2 - second.mean * s2)
     s2_all, sx2_all = total(1, s2, sx2)
 
     # third pass: D, W1 and A
@@ -450,18 +461,22 @@ def _backward(
     cross = torch.zeros_like(strips.expand)  # gradient of BN1's output times A
     flipped = weights.depthwise.flip(2, 3)
     back = (first.gain[:, None] * strips.expand).t()
+    slope2, constant2 = _input_gradient(second, s2_all, sx2_all)
     for images, low, high in strips:
         top, bottom = max(low - 1, 0), min(high + 1, N)  # rows of D's output that see the strip
+        own = slice(low - top, high - top)
         inputs = strips.hidden(images, top, bottom, first)
-        x = normalised(strips.kept[images, :, top:bottom], second)
-        g = before_norm(grads[images, :, top:bottom], x, second, s2_all, sx2_all)
-        own = g[:, :, low - top:high - top]
-        padded = F.pad(inputs, (0, 0, 1 - (low - top), 1 - (bottom - high)))
+        g = grads[images, :, top:bottom] * _per_map(second.gain)
+        if second.share != 0.:
+            g.addcmul_(strips.kept[images, :, top:bottom], _per_map(slope2)).add_(_per_map(constant2))
+        padded = inputs
+        if bottom - top != high - low + 2:
+            padded = F.pad(inputs, (0, 0, 1 - (low - top), 1 - (bottom - high)))
         grad_depthwise += torch.ops.aten.convolution_backward(
-            own, padded, weights.depthwise, None, [1, 1], [0, 1], [1, 1], False, [0, 0], padded.shape[1],
+            g[:, :, own], padded, weights.depthwise, None, [1, 1], [0, 1], [1, 1], False, [0, 0], padded.shape[1],
             [False, True, False])[1]
-        g = F.conv2d(g, flipped, padding=1, groups=g.shape[1])[:, :, low - top:high - top]
-        g = torch.ops.aten.hardtanh_backward(g, inputs[:, :, low - top:high - top], 0., 6.)
+        g = F.conv2d(g, flipped, padding=1, groups=g.shape[1])[:, :, own]
+        g = torch.ops.aten.hardtanh_backward(g, inputs[:, :, own], 0., 6.)
         s1 += g.sum(dim=(0, 2, 3))
         g = g.flatten(2)
         cross += torch.bmm(g, strips.maps(images, low, high).flatten(2).transpose(1, 2)).sum(dim=0)
@@ -472,17 +487,15 @@ def _backward(
     grad_expand = first.gain[:, None] * cross
     if first.share != 0.:  # what BN1's statistics do to A and W1, both by way of matrices of h x h
         s1_all, sx1_all = total(0, s1, sx1)
+        slope1, constant1 = _input_gradient(first, s1_all, sx1_all)
         sums = count * state.mean
-        products = state.scatter + count * torch.outer(state.mean, state.mean)
-        normal = first.rstd[:, None] * (expand @ products - torch.outer(first.mean, sums))
-        grad_expand -= first.share * first.gain[:, None] * (
-            torch.outer(s1_all, sums) + sx1_all[:, None] * normal)
-        factor = -first.share * first.gain * first.rstd * sx1_all
-        matrix = expand.t() @ (factor[:, None] * expand)
-        shift = expand.t() @ (-first.share * first.gain * s1_all - factor * first.mean)
+        products = state.scatter + torch.outer(state.mean, sums)
+        grad_expand += slope1[:, None] * (expand @ products) + torch.outer(constant1, sums)
+        matrix, shift = expand.t() @ (slope1[:, None] * expand), expand.t() @ constant1
         for images, low, high in strips:
-            x = torch.bmm(matrix.expand(len(attn[images]), -1, -1), strips.maps(images, low, high).flatten(2))
-            grad_attn[images, :, low:high] += x.add_(shift[:, None]).unflatten(2, (high - low, N))
+            maps = strips.maps(images, low, high)
+            x = torch.bmm(matrix.expand(len(maps), -1, -1), maps.flatten(2))
+            grad_attn[images, :, low:high] += x.add_(shift[:, None]).view_as(maps)
     return [
         grad_attn, grad_value, grad_expand.view_as(weights.expand), grad_depthwise, grad_reduce.view_as(weights.reduce),
-        sx1, s1, sx2, s2, sx3, grad_bias3, sx4, s4]
+        sx1, s1, sx2, s2, sx3, bias3, sx4, s4]

@@ -40,7 +40,7 @@ def scale_of(x):
 
 
 @pytest.mark.parametrize('size', [1, 3000, 2 ** 21], ids=['four rows', 'some rows', 'some images'])
-@pytest.mark.parametrize('of_batch', itertools.product((True, False), repeat=4), ids=str)
+@pytest.mark.parametrize('of_batch', list(itertools.product((True, False), repeat=4)), ids=str)
 def test_all_is_that_of_the_formula(of_batch, size, monkeypatch):
     monkeypatch.setattr(map_refinement, '_STRIP_BYTES', size)
     for shape in ((2, 3, 7, 4), (1, 2, 13, 3), (3, 1, 2, 1)):
