@@ -809,6 +809,17 @@ def test_refiner_vit(pretrained: bool = False, **kwargs) -> RefinerVit:
     return _create_refiner_vit('test_refiner_vit', pretrained, **dict(model_args, **kwargs))
 
 
+# the paper's, trained with token labels of an NFNet; the last with the aux head
+_TOP1 = {
+    'refiner_vit_small_patch16_224': 83.6,
+    'refiner_vit_small_patch16_384': 84.6,
+    'refiner_vit_medium_patch16_224': 84.6,
+    'refiner_vit_medium_patch16_384': 85.6,
+    'refiner_vit_large_patch16_224': 84.9,
+    'refiner_vit_large_patch16_384': 85.8,
+    'refiner_vit_large_patch16_448': 86.0,
+}
+
 register_family(Family(
     name='refiner_vit',
     module=__name__,
@@ -816,6 +827,7 @@ register_family(Family(
     filter_fn=checkpoint_filter_fn,
     to_own_names=to_own_names,
     is_authors=is_authors,
+    top1=_TOP1,
     first_conv='patch_embed.conv1',
     classifiers=('head', 'aux_head'),
 ))
