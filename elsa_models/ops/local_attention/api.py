@@ -1,14 +1,15 @@
 """The public function, its checks, and the operator that eager mode and torch.compile see.
 
-Both see one opaque custom operator, which carries the name of the backend that computes it; export, scripting and
-double backward take the traceable form in `plain.py`; `reference.py` is the formula.
+Both see one opaque custom operator, which carries the name of the backend that computes it; export, scripting,
+transforms and double backward take the traceable form in `plain.py`; `reference.py` is the formula.
 """
-from typing import List, Optional
+from typing import Optional, Tuple
 
 import torch
 
 from .._autocast import autocast_dtype
 from .._bands import compute_dtype
+from .._graphs import register_loop, wants_core_operators
 from ..backends import REFERENCE, Operator
 from . import eager, numba, triton
 from .plain import local_attention_plain
@@ -48,7 +49,8 @@ def local_attention(
         dropout_p: Probability with which attention weights are zeroed (the rest is scaled by 1 / (1 - p)).
         apply_softmax: False takes the logits as the attention weights themselves.
         backend: What computes this call, by a name of `available_backends`; what `set_backend` chose if None. Where
-            the call becomes part of a traced or exported graph, no backend has a say.
+            the call becomes part of a traced or exported graph, or a transform of `torch.func` or forward-mode
+            differentiation is at work, no backend has a say.
 
     Returns:
         (B, H, W, C), contiguous.
@@ -92,7 +94,7 @@ def _local_attention(
         weights = logits.softmax(dim=-1, dtype=compute_dtype(value)) if apply_softmax else logits
         logits, apply_softmax = torch.nn.functional.dropout(weights, dropout_p).to(value.dtype), False
     chosen = OPERATOR.select(value, backend)
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if wants_core_operators():
         return local_attention_plain(value, logits, kernel_size, dilation, ghost_mul, ghost_add, apply_softmax)
     if chosen == REFERENCE:
         return local_attention_reference(value, logits, kernel_size, dilation, ghost_mul, ghost_add, apply_softmax)
@@ -172,17 +174,18 @@ def _backward_op(
         dilation: int,
         normalize: bool,
         backend: str,
-) -> List[torch.Tensor]:
-    # operators cannot return None: one gradient per tensor that is there, in order
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    # operators cannot return None, and batched gradients know no lists: what has no gradient gets an empty tensor
     with torch.autocast(value.device.type, enabled=False):
         grads = OPERATOR.backends[backend].backward(
             grad, value, logits, ghost_mul, ghost_add, kernel_size, dilation, normalize)
-    return [g for g in grads if g is not None]
+    return tuple(value.new_empty(0) if g is None else g for g in grads)
 
 
 @_backward_op.register_fake
 def _(grad, value, logits, ghost_mul, ghost_add, kernel_size, dilation, normalize, backend):
-    return [x.new_empty(x.shape) for x in (value, logits, ghost_mul, ghost_add) if x is not None]
+    inputs = value, logits, ghost_mul, ghost_add
+    return tuple(value.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _setup_forward(ctx, inputs, output):
@@ -192,8 +195,8 @@ def _setup_forward(ctx, inputs, output):
 
 def _backward(ctx, grad):
     tensors = ctx.saved_tensors
-    grads = iter(_backward_op(grad, *tensors, *ctx.args))
-    return (*(None if x is None else next(grads) for x in tensors), None, None, None, None)
+    grads = _backward_op(grad, *tensors, *ctx.args)
+    return (*(None if x is None else g for x, g in zip(tensors, grads)), None, None, None, None)
 
 
 def _setup_backward(ctx, inputs, output):
@@ -201,7 +204,7 @@ def _setup_backward(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _double_backward(ctx, grad_grads):
+def _double_backward(ctx, *grad_grads):
     # the gradients' own gradients, by differentiating the plain form twice
     with torch.enable_grad():
         grad, *tensors = (
@@ -212,9 +215,12 @@ def _double_backward(ctx, grad_grads):
             value, logits, ctx.kernel_size, ctx.dilation, ghost_mul, ghost_add, ctx.normalize)
         grads = torch.autograd.grad(y, present, grad, create_graph=True)
         wanted = [grad, *present]
-        result = iter(torch.autograd.grad(grads, wanted, list(grad_grads), allow_unused=True))
+        grad_grads = [g for g, x in zip(grad_grads, tensors) if x is not None]
+        result = iter(torch.autograd.grad(grads, wanted, grad_grads, allow_unused=True))
     return (*(None if x is None else next(result) for x in ctx.saved_tensors), None, None, None, None)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_forward)
 _backward_op.register_autograd(_double_backward, setup_context=_setup_backward)
+register_loop(_forward_op)
+register_loop(_backward_op)

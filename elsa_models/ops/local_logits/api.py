@@ -1,13 +1,14 @@
 """The public function, its checks, and the operator that eager mode and torch.compile see.
 
 As for local attention: one opaque custom operator, which carries the name of the backend that computes it; export,
-scripting and double backward take the traceable form in `plain.py`; `reference.py` is the formula.
+scripting, transforms and double backward take the traceable form in `plain.py`; `reference.py` is the formula.
 """
-from typing import List, Optional
+from typing import Optional, Tuple
 
 import torch
 
 from .._autocast import autocast_dtype
+from .._graphs import register_loop, wants_core_operators
 from ..backends import REFERENCE, Operator
 from . import eager, numba, triton
 from .plain import local_logits_plain
@@ -48,7 +49,8 @@ def local_logits(
         border: What a tap outside the map meets: 'zero' a key of zero, so that it keeps its share of a softmax; 'mask'
             a logit of minus infinity, whose gradient is zero.
         backend: What computes this call, by a name of `available_backends`; what `set_backend` chose if None. Where
-            the call becomes part of a traced or exported graph, no backend has a say.
+            the call becomes part of a traced or exported graph, or a transform of `torch.func` or forward-mode
+            differentiation is at work, no backend has a say.
 
     Returns:
         (B, H, W, G, K * K), contiguous, tap = row * K + column.
@@ -84,7 +86,7 @@ def _local_logits(
             return _local_logits(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border, backend)
     _check(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
     chosen = OPERATOR.select(query, backend)
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if wants_core_operators():
         return local_logits_plain(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
     if chosen == REFERENCE:
         return local_logits_reference(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
@@ -166,19 +168,19 @@ def _backward_op(
         num_heads: int,
         border: str,
         backend: str,
-) -> List[torch.Tensor]:
-    # operators cannot return None: one gradient per tensor that is there, in order
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    # operators cannot return None, and batched gradients know no lists: what has no gradient gets an empty tensor
     with torch.autocast(query.device.type, enabled=False):
         grads = OPERATOR.backends[backend].backward(
             grad, query, key, has_row_bias, has_column_bias, kernel_size, dilation, num_heads, border)
-    return [g for g in grads if g is not None]
+    return tuple(query.new_empty(0) if g is None else g for g in grads)
 
 
 @_backward_op.register_fake
 def _(grad, query, key, has_row_bias, has_column_bias, kernel_size, dilation, num_heads, border, backend):
     bias_shape = (*query.shape[:3], num_heads, kernel_size)
-    biases = [query.new_empty(bias_shape) for has in (has_row_bias, has_column_bias) if has]
-    return [query.new_empty(query.shape), key.new_empty(key.shape), *biases]
+    row, column = (query.new_empty(bias_shape if has else 0) for has in (has_row_bias, has_column_bias))
+    return query.new_empty(query.shape), key.new_empty(key.shape), row, column
 
 
 def _setup_forward(ctx, inputs, output):
@@ -189,8 +191,8 @@ def _setup_forward(ctx, inputs, output):
 
 def _backward(ctx, grad):
     grad_query, grad_key, *rest = _backward_op(grad, *ctx.saved_tensors, *ctx.biases, *ctx.args)
-    rest = iter(rest)
-    return (grad_query, grad_key, *(next(rest) if has else None for has in ctx.biases), *(None for _ in ctx.args))
+    biases = (g if has else None for g, has in zip(rest, ctx.biases))
+    return (grad_query, grad_key, *biases, *(None for _ in ctx.args))
 
 
 def _setup_backward(ctx, inputs, output):
@@ -198,7 +200,7 @@ def _setup_backward(ctx, inputs, output):
     ctx.save_for_backward(grad, query, key)
 
 
-def _double_backward(ctx, grad_grads):
+def _double_backward(ctx, *grad_grads):
     # the gradients' own gradients, by differentiating the plain form twice; biases add nothing to them
     has_row_bias, has_column_bias, kernel_size, dilation, num_heads, border, _ = ctx.args
     with torch.enable_grad():
@@ -209,9 +211,12 @@ def _double_backward(ctx, grad_grads):
         logits = local_logits_plain(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
         present = [x for x in (query, key, row_bias, column_bias) if x is not None]
         grads = torch.autograd.grad(logits, present, grad, create_graph=True)
-        result = torch.autograd.grad(grads, wanted, list(grad_grads), allow_unused=True)
+        grad_grads = [g for g, has in zip(grad_grads, (True, True, has_row_bias, has_column_bias)) if has]
+        result = torch.autograd.grad(grads, wanted, grad_grads, allow_unused=True)
     return (*result, *(None for _ in ctx.args))
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_forward)
 _backward_op.register_autograd(_double_backward, setup_context=_setup_backward)
+register_loop(_forward_op)
+register_loop(_backward_op)
