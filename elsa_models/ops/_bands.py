@@ -2,7 +2,7 @@
 
 What the operators' `eager.py` share.
 """
-from typing import Iterator, Optional, Tuple
+from typing import Callable, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +33,22 @@ def tile_width(width: int, tile: int = 14) -> int:
     return max(1, (width + count - 1) // count)
 
 
+def tap_slices(K: int, d: int, H: int, W: int) -> Iterator[Tuple[int, slice, slice]]:
+    """Number of every tap, and the rows and columns of a padded map where the pixels of the map see it."""
+    for tap in range(K * K):
+        i, j = tap // K * d, tap % K * d
+        yield tap, slice(i, i + H), slice(j, j + W)
+
+
 class Bands:
     """Products of neighbouring pixels of maps like a given one.
 
     A row of W pixels is cut into n tiles of t, each of which sees P = t + (K - 1) d pixels in each of its K rows.
     Rows come first in every buffer, so that shifting by a row is a slice that batched products take as it is.
     Weights and logits are (b, H, W, G, K * K), everything else (b, H, W, C).
+
+    In a band, what is no number meets the zeros beside the diagonals and would spoil pixels that do not see it. Samples
+    that have such are summed tap by tap instead.
     """
 
     def __init__(self, value: torch.Tensor, heads: int, K: int, d: int, dtype: torch.dtype) -> None:
@@ -59,11 +69,13 @@ class Bands:
         for i in range(1, self.K):
             y.baddbmm_(self._batch(band[i]), self._batch(seen[self._rows(i)]))
         y = y.view(H, b, self.n, self.G, self.t, self.Cg).permute(1, 0, 2, 4, 3, 5)
-        return y.reshape(b, H, self.n * self.t, -1)[:, :, :self.W]
+        y = y.reshape(b, H, self.n * self.t, -1)[:, :, :self.W]
+        return self._mend(y, lambda one: self._aggregate_by_taps(v[one], a[one]))
 
     def aggregate_transposed(self, g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """Send every pixel `g`, times its weights `a`, to its neighbours: the gradient of `aggregate` for `v`."""
-        return self._send(self._tile_pixels(g), self._spread(a))
+        sent = self._send(self._tile_pixels(g), self._spread(a))
+        return self._mend(sent, lambda one: self._send_by_taps(g[one], a[one]))
 
     def multiply(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Multiply every pixel of `q` with its neighbours in `k`: the gradient of `aggregate` for `a`."""
@@ -72,8 +84,31 @@ class Bands:
     def aggregate_backward(
             self, g: torch.Tensor, v: torch.Tensor, a: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Gradients of `aggregate` for `v` and `a`."""
-        g = self._tile_pixels(g)
-        return self._send(g, self._spread(a)), self._multiply(g, self._tile_neighbours(v))
+        return self.aggregate_transposed(g, a), self.multiply(g, v)
+
+    def _mend(self, y: torch.Tensor, by_taps: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        if y.device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+            return y  # nobody may ask what is in a tensor
+        finite = y.flatten(1).sum(dim=1).isfinite()
+        for i in (~finite).nonzero().flatten().tolist():
+            y[i:i + 1] = by_taps(slice(i, i + 1))
+        return y
+
+    def _aggregate_by_taps(self, v: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        b, H, W, r = v.shape[0], self.H, self.W, self.r
+        padded = F.pad(v, (0, 0, r, r, r, r)).unflatten(-1, (self.G, self.Cg))
+        y = v.new_zeros(b, H, W, self.G, self.Cg)
+        for tap, rows, columns in tap_slices(self.K, self.d, H, W):
+            y += padded[:, rows, columns] * a[..., tap, None]
+        return y.flatten(3)
+
+    def _send_by_taps(self, g: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        b, H, W, r = g.shape[0], self.H, self.W, self.r
+        g = g.unflatten(-1, (self.G, self.Cg))
+        sent = g.new_zeros(b, H + 2 * r, W + 2 * r, self.G, self.Cg)
+        for tap, rows, columns in tap_slices(self.K, self.d, H, W):
+            sent[:, rows, columns] += g * a[..., tap, None]
+        return sent.flatten(3)[:, r:r + H, r:r + W]
 
     def _send(self, g: torch.Tensor, band: torch.Tensor) -> torch.Tensor:
         b, H, W, n, t, r = band.shape[2], self.H, self.W, self.n, self.t, self.r

@@ -14,7 +14,7 @@ from typing import Iterator, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .._bands import Bands, chunks, compute_dtype
+from .._bands import Bands, chunks, compute_dtype, tap_slices
 
 Grads = Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]
 
@@ -86,12 +86,6 @@ def _cast(x: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch.Tenso
     return None if x is None else x.to(dtype)
 
 
-def _tap_slices(K: int, d: int, H: int, W: int) -> Iterator[Tuple[int, slice, slice]]:
-    for tap in range(K * K):
-        i, j = tap // K * d, tap % K * d
-        yield tap, slice(i, i + H), slice(j, j + W)
-
-
 def _by_tap(v: torch.Tensor, a: torch.Tensor, mul: torch.Tensor, r: int) -> Tuple[torch.Tensor, ...]:
     b, H, W, C = v.shape
     G = a.shape[3]
@@ -106,7 +100,7 @@ def _tap_sum(v: torch.Tensor, a: torch.Tensor, mul: torch.Tensor, K: int, d: int
     G = a.shape[3]
     padded, a, mul = _by_tap(v, a, mul, K // 2 * d)
     y = v.new_zeros(b, H, W, G, C // G)
-    for tap, rows, columns in _tap_slices(K, d, H, W):
+    for tap, rows, columns in tap_slices(K, d, H, W):
         y.addcmul_(padded[:, rows, columns] * mul[tap], a[tap])
     return y.flatten(3)
 
@@ -127,7 +121,7 @@ def _tap_sum_backward(
     g = g.reshape(b, H, W, G, C // G)
     grad_padded, grad_a = padded.new_zeros(padded.shape), torch.empty_like(a)
     grad_taps = grad_mul.view(G, C // G, K * K)
-    for tap, rows, columns in _tap_slices(K, d, H, W):
+    for tap, rows, columns in tap_slices(K, d, H, W):
         product = g * padded[:, rows, columns]
         torch.sum(product * mul[tap], dim=-1, keepdim=True, out=grad_a[tap])
         grad_taps[..., tap] += (product * a[tap]).sum(dim=(0, 1, 2))
@@ -169,6 +163,17 @@ def _add_static_term_backward(
         gv[batch] += static.permute(0, 2, 3, 1)
     # PyTorch's convolution sums its weights' gradient in an order that follows the number of threads and, if dilated,
     # with 6 times the error of a plain sum
+    grad_add += ghost_gradient(g, v, None, K, d)
+
+
+def ghost_gradient(g: torch.Tensor, v: torch.Tensor, a: Optional[torch.Tensor], K: int, d: int) -> torch.Tensor:
+    """Gradient (C, K, K) of `ghost_mul`, or of `ghost_add` if the attention `a` is None, for the output's gradient."""
+    C, r = v.shape[3], K // 2 * d
     padded = F.pad(v, (0, 0, r, r, r, r))
-    for tap, rows, columns in _tap_slices(K, d, v.shape[1], v.shape[2]):
-        grad_add.view(C, -1)[:, tap] += (g * padded[:, rows, columns]).sum(dim=(0, 1, 2))
+    grad = v.new_empty(C, K * K)
+    for tap, rows, columns in tap_slices(K, d, v.shape[1], v.shape[2]):
+        product = g * padded[:, rows, columns]
+        if a is not None:
+            product = (product.unflatten(-1, (a.shape[3], -1)) * a[..., tap, None]).flatten(3)
+        grad[:, tap] = product.sum(dim=(0, 1, 2))
+    return grad.view(C, K, K)

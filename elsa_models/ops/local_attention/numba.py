@@ -11,7 +11,8 @@ import torch
 
 from .. import _numba
 from .._bands import compute_dtype
-from .eager import Grads
+from . import eager
+from .eager import Grads, ghost_gradient
 
 refuse = _numba.refuse
 
@@ -31,6 +32,8 @@ def forward(
         normalize: bool,
 ) -> torch.Tensor:
     """See `local_attention_reference`, whose arguments and result these are."""
+    if not normalize and not logits.sum().isfinite():  # kernels pass over weights of taps outside the map
+        return eager.forward(value, logits, ghost_mul, ghost_add, kernel_size, dilation, normalize)
     dtype = compute_dtype(value)
     mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
     out = value.new_empty(value.shape)
@@ -54,6 +57,8 @@ def backward(
         normalize: bool,
 ) -> Grads:
     """Gradients of value, logits, ghost_mul and ghost_add (None where that is None) for the output's `grad`."""
+    if not normalize and not (logits.sum() + grad.sum()).isfinite():
+        return eager.backward(grad, value, logits, ghost_mul, ghost_add, kernel_size, dilation, normalize)
     dtype, taps = compute_dtype(value), kernel_size ** 2
     mul, add = _by_tap(ghost_mul, dtype), _by_tap(ghost_add, dtype)
     turned_mul, turned_add = (None if x is None else x.flip(0) for x in (mul, add))
@@ -78,9 +83,13 @@ def backward(
                 ga, attention, *sums, g, v, stride, a, mul, scratch, scratch.stride(0) * scratch.element_size(),
                 H, W, C, G, kernel_size, dilation, normalize)
             aggregate(gv, g, attention, turned_mul, turned_add, kernel_size, dilation, normalize=False, turned=True)
-        for total, x in zip((grad_mul, grad_add), sums):
-            if total is not None:
-                total += x.sum(dim=0)
+        for total, x, weights in zip((grad_mul, grad_add), sums, (attention, None)):
+            if total is None:
+                continue
+            part = x.sum(dim=0)
+            if not part.sum().isfinite():  # kernels pass over taps outside the map, where it would show as well
+                part = _by_tap(ghost_gradient(g, v, weights, kernel_size, dilation), dtype)
+            total += part
     return grad_value, grad_logits, _by_channel(grad_mul, ghost_mul), _by_channel(grad_add, ghost_add)
 
 
