@@ -22,3 +22,8 @@ def without_autocast(device_type: str) -> ContextManager:
     if autocast_dtype(device_type) is None:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As for an operator that autocast knows: floating point numbers take the type, float64 stays."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

@@ -1,5 +1,5 @@
 """Where an operator must be made of core operators, and how it stands for itself under `torch.vmap`."""
-from typing import Callable, List, Sequence, Tuple, Union
+from typing import Any, List, Sequence, Tuple, Union
 
 import torch
 from torch.autograd import forward_ad
@@ -19,7 +19,7 @@ def wants_core_operators() -> bool:
         or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
 
 
-def register_loop(operator: Callable) -> None:
+def register_loop(operator: Any) -> None:
     """Let `torch.vmap` call a custom operator once for each entry: for gradients of several outputs at once."""
     def loop(info, in_dims: Sequence, *args) -> Tuple[Union[torch.Tensor, List[torch.Tensor]], Union[int, List[int]]]:
         results = [

@@ -58,7 +58,7 @@ def _try_once() -> Optional[str]:
         return 'Numba is not installed (the extra `cpu`)'
     try:
         import numba
-        if numba.config.DISABLE_JIT:
+        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
             raise RuntimeError('NUMBA_DISABLE_JIT is set')
         _probe()
     except Exception as error:  # whatever a broken installation raises: PyTorch alone can serve

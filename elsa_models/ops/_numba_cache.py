@@ -105,8 +105,9 @@ class KernelCache(_Cache):
 def _places(file: Path) -> Iterator[Path]:
     """Folders to keep code in, the best first: Numba's if it is set, beside the package, the user's."""
     package = f'{file.parent.name}_{_digest(str(file.parent))}'
-    if numba.config.CACHE_DIR:
-        yield Path(numba.config.CACHE_DIR) / package
+    chosen = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    if chosen:
+        yield Path(chosen) / package
         return
     yield file.parent / '__pycache__'
     base = os.environ.get('LOCALAPPDATA') or os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser()

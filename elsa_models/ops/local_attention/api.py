@@ -7,7 +7,7 @@ from typing import Optional, Tuple
 
 import torch
 
-from .._autocast import autocast_dtype
+from .._autocast import autocast_dtype, cast
 from .._bands import compute_dtype
 from .._graphs import register_loop, wants_core_operators
 from ..backends import REFERENCE, Operator
@@ -83,9 +83,8 @@ def _local_attention(
 ) -> torch.Tensor:
     dtype = autocast_dtype(value.device.type)
     if dtype is not None:
-        value, logits, ghost_mul, ghost_add = (
-            x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (value, logits, ghost_mul, ghost_add))
+        value, logits = cast(value, dtype), cast(logits, dtype)
+        ghost_mul, ghost_add = (None if x is None else cast(x, dtype) for x in (ghost_mul, ghost_add))
         with torch.autocast(value.device.type, enabled=False):  # or the sums would be cast as well
             return _local_attention(
                 value, logits, kernel_size, dilation, ghost_mul, ghost_add, dropout_p, apply_softmax, backend)
@@ -179,7 +178,8 @@ def _backward_op(
     with torch.autocast(value.device.type, enabled=False):
         grads = OPERATOR.backends[backend].backward(
             grad, value, logits, ghost_mul, ghost_add, kernel_size, dilation, normalize)
-    return tuple(value.new_empty(0) if g is None else g for g in grads)
+    first, second, third, fourth = (value.new_empty(0) if g is None else g for g in grads)
+    return first, second, third, fourth
 
 
 @_backward_op.register_fake
@@ -207,16 +207,17 @@ def _setup_backward(ctx, inputs, output):
 def _double_backward(ctx, *grad_grads):
     # the gradients' own gradients, by differentiating the plain form twice
     with torch.enable_grad():
-        grad, *tensors = (
-            None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors)
-        value, logits, ghost_mul, ghost_add = tensors
+        grad, value, logits = (x.detach().requires_grad_() for x in ctx.saved_tensors[:3])
+        ghost_mul, ghost_add = (
+            None if x is None else x.detach().requires_grad_() for x in ctx.saved_tensors[3:])
+        tensors = value, logits, ghost_mul, ghost_add
         present = [x for x in tensors if x is not None]
         y = local_attention_plain(
             value, logits, ctx.kernel_size, ctx.dilation, ghost_mul, ghost_add, ctx.normalize)
         grads = torch.autograd.grad(y, present, grad, create_graph=True)
         wanted = [grad, *present]
-        grad_grads = [g for g, x in zip(grad_grads, tensors) if x is not None]
-        result = iter(torch.autograd.grad(grads, wanted, grad_grads, allow_unused=True))
+        wanted_grads = [g for g, x in zip(grad_grads, tensors) if x is not None]
+        result = iter(torch.autograd.grad(grads, wanted, wanted_grads, allow_unused=True))
     return (*(None if x is None else next(result) for x in ctx.saved_tensors), None, None, None, None)
 
 

@@ -70,11 +70,11 @@ def backward(
         g, v, a = grad[chunk].to(dtype), value[chunk].to(dtype), logits[chunk].to(dtype)
         if normalize:
             a = a.softmax(dim=-1)
-        if mul is None:
+        if mul is None or grad_mul is None:
             gv, ga = bands.aggregate_backward(g, v, a)
         else:
             gv, ga = _tap_sum_backward(g, v, a, mul, grad_mul, K, d)
-        if add is not None:
+        if add is not None and grad_add is not None:
             _add_static_term_backward(gv, grad_add, g, v, add, d)
         if normalize:  # PyTorch's own takes sums in an order that follows the number of threads
             ga = a * (ga - (a * ga).sum(dim=-1, keepdim=True))

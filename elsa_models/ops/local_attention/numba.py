@@ -84,11 +84,11 @@ def backward(
                 H, W, C, G, kernel_size, dilation, normalize)
             aggregate(gv, g, attention, turned_mul, turned_add, kernel_size, dilation, normalize=False, turned=True)
         for total, x, weights in zip((grad_mul, grad_add), sums, (attention, None)):
-            if total is None:
+            if total is None or x is None:
                 continue
             part = x.sum(dim=0)
             if not part.sum().isfinite():  # kernels pass over taps outside the map, where it would show as well
-                part = _by_tap(ghost_gradient(g, v, weights, kernel_size, dilation), dtype)
+                part = ghost_gradient(g, v, weights, kernel_size, dilation).flatten(1).t()
             total += part
     return grad_value, grad_logits, _by_channel(grad_mul, ghost_mul), _by_channel(grad_add, ghost_add)
 
@@ -102,7 +102,7 @@ def _by_tap(ghost: Optional[torch.Tensor], dtype: torch.dtype) -> Optional[torch
 
 
 def _by_channel(grad: Optional[torch.Tensor], ghost: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    return None if grad is None else grad.t().contiguous().view(ghost.shape).to(ghost.dtype)
+    return None if grad is None or ghost is None else grad.t().contiguous().view(ghost.shape).to(ghost.dtype)
 
 
 def chunks(logits: torch.Tensor) -> Iterator[slice]:

@@ -7,7 +7,7 @@ from typing import Optional, Tuple
 
 import torch
 
-from .._autocast import autocast_dtype
+from .._autocast import autocast_dtype, cast
 from .._graphs import register_loop, wants_core_operators
 from ..backends import REFERENCE, Operator
 from . import eager, numba, triton
@@ -79,9 +79,8 @@ def _local_logits(
 ) -> torch.Tensor:
     dtype = autocast_dtype(query.device.type)
     if dtype is not None:
-        query, key, row_bias, column_bias = (
-            x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (query, key, row_bias, column_bias))
+        query, key = cast(query, dtype), cast(key, dtype)
+        row_bias, column_bias = (None if x is None else cast(x, dtype) for x in (row_bias, column_bias))
         with torch.autocast(query.device.type, enabled=False):  # or the sums would be cast as well
             return _local_logits(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border, backend)
     _check(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
@@ -173,7 +172,8 @@ def _backward_op(
     with torch.autocast(query.device.type, enabled=False):
         grads = OPERATOR.backends[backend].backward(
             grad, query, key, has_row_bias, has_column_bias, kernel_size, dilation, num_heads, border)
-    return tuple(query.new_empty(0) if g is None else g for g in grads)
+    first, second, third, fourth = (query.new_empty(0) if g is None else g for g in grads)
+    return first, second, third, fourth
 
 
 @_backward_op.register_fake
@@ -211,8 +211,8 @@ def _double_backward(ctx, *grad_grads):
         logits = local_logits_plain(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
         present = [x for x in (query, key, row_bias, column_bias) if x is not None]
         grads = torch.autograd.grad(logits, present, grad, create_graph=True)
-        grad_grads = [g for g, has in zip(grad_grads, (True, True, has_row_bias, has_column_bias)) if has]
-        result = torch.autograd.grad(grads, wanted, grad_grads, allow_unused=True)
+        wanted_grads = [g for g, has in zip(grad_grads, (True, True, has_row_bias, has_column_bias)) if has]
+        result = torch.autograd.grad(grads, wanted, wanted_grads, allow_unused=True)
     return (*result, *(None for _ in ctx.args))
 
 

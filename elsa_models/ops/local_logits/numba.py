@@ -32,8 +32,8 @@ def forward(
     K, dtype = kernel_size, compute_dtype(query)
     out = query.new_empty(*query.shape[:3], num_heads, K * K)
     for chunk in [slice(None)] if query.dtype == dtype else chunks(out):
-        q, k, row, column = (
-            None if x is None else x[chunk].to(dtype) for x in (query, key, row_bias, column_bias))
+        q, k = query[chunk].to(dtype), key[chunk].to(dtype)
+        row, column = (None if x is None else x[chunk].to(dtype) for x in (row_bias, column_bias))
         with _numba.written(out[chunk], dtype) as logits:
             _multiply(logits, q, k, row, column, K, dilation, num_heads, border)
     return out
@@ -108,5 +108,5 @@ def _sum_biases(
         _KERNELS, 'sum_biases', grad.numel(), *_numba.vectors(dtype, 1, K * K), B * H,
         row, column, grad, H, W, G, K, d, border == 'mask')
     for total, x in ((grad_row, row), (grad_column, column)):
-        if total is not None and total is not x:
+        if total is not None and x is not None and total is not x:
             total.copy_(x)
