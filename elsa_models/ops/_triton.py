@@ -8,12 +8,15 @@ graph is captured, nor where PyTorch is told to be deterministic: blocks decide 
 """
 import functools
 import importlib.util
+import logging
 import os
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from ._bands import compute_dtype
+
+_logger = logging.getLogger(__name__)
 
 INTERPRET = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
@@ -60,6 +63,7 @@ def _refuse_gpu(index: Optional[int]) -> Optional[str]:
     try:
         import triton.language  # noqa: F401
     except Exception as error:  # whatever a broken installation raises: PyTorch alone can serve
+        _logger.warning('Triton is installed but does not work: %r. PyTorch alone computes, which is slower.', error)
         return f'Triton cannot be imported: {error!r}.'
     return None
 

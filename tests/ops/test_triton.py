@@ -209,6 +209,18 @@ def test_refuses_other_gpus(cuda, capability, expected, monkeypatch, fresh_compi
         _triton._refuse_gpu.cache_clear()
 
 
+def test_a_triton_that_does_not_import_is_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, 'cuda', '13.2')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
+    monkeypatch.setitem(sys.modules, 'triton.language', None)
+    _triton._refuse_gpu.cache_clear()
+    try:
+        assert all('cannot be imported' in _triton._refuse_gpu(0) for _ in range(3))
+    finally:
+        _triton._refuse_gpu.cache_clear()
+    assert caplog.text.count('Triton is installed but does not work') == 1
+
+
 @pytest.mark.parametrize('width', [1, 8, 16, 32, 64, 256, 1024])
 def test_some_blocks_fit(width):
     assert _triton.fitting(width)
