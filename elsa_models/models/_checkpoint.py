@@ -70,11 +70,17 @@ def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, t
 
     Raises:
         FileNotFoundError: There is no such file.
-        WeightsError: The file is damaged, holds objects other than plain data and tensors, or holds no weights.
+        WeightsError: The file is damaged, of PaddlePaddle, holds objects other than plain data and tensors, or holds no
+            weights.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'checkpoint {str(path)!r}: no such file.')
+    if path.suffix == '.pdparams':
+        raise WeightsError(
+            f'checkpoint {str(path)!r}: is a file of PaddlePaddle, which is not read here. Where that is installed, '
+            f'write what paddle.load returns with torch.save, as a dict of tensors, after transposing the weights of '
+            f'linear layers.')
     with open(path, 'rb') as f:
         start = f.read(_SNIFFED).lstrip().lower()
     if start.startswith((b'<!doctype html', b'<html')):

@@ -136,6 +136,13 @@ def test_authors_files(tmp_path, root):
     assert model(torch.randn(1, 1, 48, 80)).shape == (1, 3)
 
 
+def test_files_of_paddle_are_refused(tmp_path):
+    path = tmp_path / 'focal.pdparams'
+    path.write_bytes(b'anything')
+    with pytest.raises(WeightsError, match='PaddlePaddle.*transposing'):
+        create_model('test_focal', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+
+
 def test_weights_move_between_windows_without_a_surround():
     kwargs = dict(expand_sizes=0)
     model, _ = keyed_test_model((64, 64), **kwargs)
