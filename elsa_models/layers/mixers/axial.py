@@ -37,8 +37,8 @@ def _weights(
 ) -> torch.Tensor:
     # q, k: S, num_heads, L, channels; rel_*: num_heads, channels, query, key
     logits = q @ (k * qk_scale.to(k.dtype).view(-1, 1, 1)).transpose(-2, -1)  # S, num_heads, query, key
-    logits = logits + torch.einsum('snqc,ncqk->snqk', q, rel_query)
-    logits = logits + torch.einsum('snkc,ncqk->snqk', k, rel_key)
+    logits += torch.einsum('snqc,ncqk->snqk', q, rel_query)
+    logits += torch.einsum('snkc,ncqk->snqk', k, rel_key)
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(q.dtype)
 
 
