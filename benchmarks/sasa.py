@@ -70,7 +70,8 @@ def make_step(spec: dict, args: argparse.Namespace) -> harness.Step:
         if spec['side'] == 'halo' and isinstance(getattr(block, 'self_attn', None), StandAloneSelfAttention):
             block.self_attn = Halo(block.self_attn)
     model.to(args.device, getattr(torch, args.dtype)).train(spec['mode'] == 'train')
-    images = torch.randn(spec['batch'], 3, spec['size'], spec['size']).to(args.device, getattr(torch, args.dtype))
+    images = torch.randn(spec['batch'], 3, spec['size'], spec['size'], generator=torch.Generator().manual_seed(0))
+    images = images.to(args.device, getattr(torch, args.dtype))
     if spec['mode'] == 'infer':
         def step() -> torch.Tensor:
             with torch.no_grad():

@@ -1,9 +1,7 @@
-"""Every backend, and the traceable form, against the formula in float64.
+"""What local attention has beside what every operator promises (test_operators.py): softmax, ghosts, dropout, memory.
 
-A backend that the operator has is tested by everything below that takes `form` or `backend`, on each device that it
-serves.
+A backend that the operator has is tested by everything below that takes `form` or `backend`.
 """
-import itertools
 import os
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from typing import Callable, List, NamedTuple, Optional, Tuple
 import pytest
 import torch
 import torch.nn as nn
-from helpers import assert_near, max_error, rms_error
+from helpers import assert_near, max_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elsa_models.ops import (
@@ -138,46 +136,6 @@ def _check(
 # values and gradients
 
 
-@pytest.mark.parametrize('ghosts', GHOSTS)
-@pytest.mark.parametrize('dilation', [1, 2, 3])
-@pytest.mark.parametrize('kernel_size', [1, 3, 5, 7])
-def test_matches_reference(form, kernel_size, dilation, ghosts):
-    tensors = _draw((2, 8, 9, 6), 3, kernel_size, ghosts, device=form.device)
-    _check(form, tensors, kernel_size, dilation)
-
-
-@pytest.mark.parametrize('ghosts', ['', 'ma'])
-@pytest.mark.parametrize('kernel_size, dilation', [(3, 1), (7, 1), (5, 3)])
-@pytest.mark.parametrize('height, width', [
-    (1, 1), (1, 2), (2, 1), (2, 3), (3, 3), (6, 7), (7, 6), (13, 14), (14, 15), (15, 13), (1, 40), (40, 1), (3, 61),
-    (29, 2),
-])
-def test_any_map(form, height, width, kernel_size, dilation, ghosts):
-    tensors = _draw((2, height, width, 4), 2, kernel_size, ghosts, device=form.device)
-    _check(form, tensors, kernel_size, dilation)
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
-@pytest.mark.parametrize('batch', [0, 1, 3])
-@pytest.mark.parametrize('heads, channels', [(1, 1), (1, 5), (3, 3), (3, 15), (5, 35)])
-def test_any_batch_and_heads(form, heads, channels, batch, ghosts):
-    tensors = _draw((batch, 4, 5, channels), heads, 3, ghosts, device=form.device)
-    _check(form, tensors)
-
-
-@pytest.mark.parametrize('trial', range(12))
-def test_random_problems(form, trial):
-    generator = torch.Generator().manual_seed(trial)
-
-    def draw(low, high):
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    kernel_size, dilation, heads = 2 * draw(0, 4) + 1, draw(1, 4), draw(1, 4)
-    shape = draw(1, 3), draw(1, 33), draw(1, 33), heads * draw(1, 9)
-    tensors = _draw(shape, heads, kernel_size, GHOSTS[draw(0, 3)], device=form.device)
-    _check(form, tensors, kernel_size, dilation)
-
-
 def _sliced(x):
     # one part of a wider projection, as in ElsaAttention
     return torch.cat([torch.full_like(x[..., :3], 7.), x, torch.full_like(x[..., :2], 9.)], dim=-1)[..., 3:-2]
@@ -187,79 +145,7 @@ def _channels_first(x):
     return x.movedim(-1, 1).contiguous().movedim(1, -1)
 
 
-def _spaced(x):
-    wide = torch.full((*x.shape[:2], 2 * x.shape[2], *x.shape[3:]), 7., dtype=x.dtype, device=x.device)
-    wide[:, :, ::2] = x
-    return wide[:, :, ::2]
-
-
-def _expanded(x):
-    return x[:1].expand(x.shape)  # the same sample, with stride 0
-
-
-def _constant(x):
-    return x.flatten()[0].expand(x.shape)  # the gradient of a sum
-
-
-@pytest.mark.parametrize('ghosts', ['', 'a', 'ma'])
-@pytest.mark.parametrize('layout', [_sliced, _channels_first, _spaced, _expanded])
-@pytest.mark.parametrize('grad_layout', [_sliced, _channels_first, _constant])
-def test_any_strides(form, layout, grad_layout, ghosts):
-    shape = (2, 5, 6, 6)
-    value, logits, mul, add = _draw(shape, 3, 3, ghosts, device=form.device)
-    value, logits = layout(value), layout(logits)
-    grad = grad_layout(torch.randn(shape, dtype=value.dtype, device=value.device))
-    assert not value.is_contiguous() and not logits.is_contiguous() and not grad.is_contiguous()
-    # the matrices of a layer may be views as well
-    mul, add = (None if x is None else x.permute(0, 2, 1) for x in (mul, add))
-    _check(form, (value, logits, mul, add), grad=grad)
-
-
-def test_output_is_contiguous(backend):
-    value, *rest = _draw(device=backend.device)
-    assert backend.call(_channels_first(value), rest[0], 3, 1, *rest[1:]).is_contiguous()
-
-
 # precision
-
-
-def _ghosted_pair(ghosts):
-    return pytest.param(ghosts, id=ghosts or 'none')
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('ghosts', [_ghosted_pair(g) for g in GHOSTS])
-@pytest.mark.parametrize('kernel_size, dilation', [(3, 2), (7, 1)])
-def test_error_at_most_twice_that_of_plain_pytorch(form, kernel_size, dilation, ghosts, dtype):
-    shape = (2, 10, 17, 12)
-    tensors = _draw(shape, 3, kernel_size, ghosts, dtype, form.device)
-    grad = torch.randn(shape).to(tensors[0])
-    exact = _reference(tensors, grad, kernel_size, dilation)
-    plain = _run(local_attention_reference, tensors, grad, kernel_size, dilation)
-    actual = _run(form.call, tensors, grad, kernel_size, dilation)
-    for name, a, p, e in zip(NAMES, actual, plain, exact, strict=True):
-        if e is None:
-            continue
-        assert a.dtype == dtype
-        last_rounding = torch.finfo(dtype).eps / 2 * e.abs().max().item()  # the luck of the largest entry
-        assert max_error(a, e) <= 2 * max_error(p, e) + last_rounding, name
-        assert rms_error(a, e) <= 2 * rms_error(p, e), name
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('ghosts', [_ghosted_pair(g) for g in GHOSTS])
-@pytest.mark.parametrize('dilation', [1, 2])
-def test_half_precision_sums_in_float32(form, dilation, ghosts, dtype):
-    # what is left is the rounding of the result itself, half a unit in the last place
-    kernel_size, shape = 7, (2, 10, 17, 12)
-    tensors = _draw(shape, 3, kernel_size, ghosts, dtype, form.device)
-    grad = torch.randn(shape).to(tensors[0])
-    exact = _reference(tensors, grad, kernel_size, dilation)
-    actual = _run(form.call, tensors, grad, kernel_size, dilation)
-    for name, a, e in zip(NAMES, actual, exact, strict=True):
-        if e is not None:
-            allowed = torch.finfo(dtype).eps / 2 * 1.01 * e.abs() + 1e-5 * e.abs().max()
-            assert ((a.double() - e).abs() <= allowed).all(), name
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -308,22 +194,6 @@ def test_linear_in_value_and_ghosts_add_up(form):
 
 
 @pytest.mark.parametrize('ghosts', GHOSTS)
-@pytest.mark.parametrize('shape, heads, kernel_size, dilation', [
-    ((2, 3, 2, 4), 2, 3, 1), ((1, 2, 5, 2), 1, 3, 2), ((1, 2, 1, 1), 1, 5, 1), ((1, 1, 16, 1), 1, 3, 1),
-])
-def test_gradcheck(form, shape, heads, kernel_size, dilation, ghosts):
-    tensors = _draw(shape, heads, kernel_size, ghosts, device=form.device)
-    present = [x.requires_grad_() for x in tensors if x is not None]
-
-    def call(*present):
-        value, logits, mul, add = _fill(tensors, present)
-        return form.call(value, logits, kernel_size, dilation, mul, add)
-
-    assert torch.autograd.gradcheck(call, present, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, present, fast_mode=True)
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
 def test_gradcheck_in_full(form, ghosts):
     tensors = _draw((1, 2, 2, 2), 2, 3, ghosts, device=form.device)
     present = [x.requires_grad_() for x in tensors if x is not None]
@@ -369,87 +239,6 @@ def test_double_backward_of_some_inputs(backend, normalize):
         assert_near(a, e, EXACT, name)
 
 
-@pytest.mark.parametrize('frozen', [
-    subset for n in (1, 2, 3) for subset in itertools.combinations(range(4), n)], ids=str)
-def test_frozen_inputs(form, frozen):
-    tensors = _draw(device=form.device)
-    grad = torch.randn_like(tensors[0])
-    expected = _run(form.call, tensors, grad)[1:]
-    leaves = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(tensors)]
-    form.call(leaves[0], leaves[1], 3, 1, *leaves[2:]).backward(grad)
-    for i, (x, e) in enumerate(zip(leaves, expected, strict=True)):
-        if i in frozen:
-            assert x.grad is None
-        else:
-            assert torch.equal(x.grad, e), NAMES[i + 1]
-
-
-def test_no_gradient_wanted(form):
-    tensors = _draw(device=form.device)
-    assert not form.call(tensors[0], tensors[1], 3, 1, *tensors[2:]).requires_grad
-    with torch.no_grad():
-        y = form.call(tensors[0].requires_grad_(), tensors[1], 3)
-    assert not y.requires_grad
-    with torch.inference_mode():
-        assert torch.equal(form.call(tensors[0], tensors[1], 3), y)
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
-def test_inputs_are_not_written(form, ghosts):
-    tensors = _draw(ghosts=ghosts, device=form.device)
-    grad = torch.randn_like(tensors[0])
-    inputs = [x for x in (*tensors, grad) if x is not None]
-    before = [x.clone() for x in inputs]
-    versions = [x._version for x in inputs]
-    _run(form.call, tensors, grad)
-    assert all(map(torch.equal, inputs, before))
-    assert [x._version for x in inputs] == versions
-
-
-# reproducibility
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('ghosts', ['', 'a', 'ma'])
-def test_same_bits_twice(backend, ghosts, dtype):
-    tensors = _draw((3, 15, 16, 24), 3, 7, ghosts, dtype, backend.device)
-    grad = torch.randn_like(tensors[0])
-    first, second = (_run(backend.call, tensors, grad, 7) for _ in range(2))
-    for name, a, b in zip(NAMES, first, second, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b), name
-
-
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('ghosts', ['', 'a', 'ma'])
-def test_samples_do_not_depend_on_their_batch(backend, ghosts, dtype):
-    value, logits, mul, add = _draw((3, 15, 16, 24), 3, 5, ghosts, dtype, backend.device)
-    grad = torch.randn_like(value)
-    batch = _run(backend.call, (value, logits, mul, add), grad, 5)
-    for i in range(3):
-        one = slice(i, i + 1)
-        alone = _run(backend.call, (value[one], logits[one], mul, add), grad[one], 5)
-        for name, a, b in zip(NAMES[:3], alone, batch, strict=False):  # ghosts are shared by the batch
-            if backend.device == 'cpu':
-                assert torch.equal(a, b[one]), name
-            else:
-                assert_near(a, b[one], 4 * torch.finfo(dtype).eps, name)
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
-def test_reads_no_uninitialised_memory(backend, ghosts):
-    tensors = _draw((2, 15, 16, 6), 3, 5, ghosts, device=backend.device)
-    grad = torch.randn_like(tensors[0])
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
-    try:
-        assert torch.empty(3, device=backend.device).isnan().all()
-        actual = _run(backend.call, tensors, grad, 5)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for name, a, e in zip(NAMES, actual, _reference(tensors, grad, 5), strict=True):
-        if e is not None:
-            assert_near(a, e, EXACT, name)
-
-
 # memory
 
 
@@ -491,15 +280,6 @@ def test_memory_test_sees_what_it_looks_for():
     with _LargestTensor() as seen:
         _run(local_attention_reference, tensors, tensors[0], 5)
     assert seen.numel == torch.Size(shape).numel() * 25
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
-def test_keeps_only_its_inputs_for_backward(backend, ghosts):
-    tensors = [None if x is None else x.requires_grad_() for x in _draw(ghosts=ghosts, device=backend.device)]
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda x: x):
-        backend.call(tensors[0], tensors[1], 3, 1, *tensors[2:])
-    assert sorted(kept) == sorted(x.data_ptr() for x in tensors if x is not None)
 
 
 # attention dropout
@@ -571,42 +351,6 @@ def test_no_dropout_draws_no_random_numbers(backend):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# autocast
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
-def test_autocast_casts_as_for_a_convolution(backend, ghosts):
-    tensors = _draw(ghosts=ghosts, dtype=torch.float32, device=backend.device)
-    tensors = [None if x is None else x.requires_grad_() for x in tensors]
-    with torch.autocast(backend.device, dtype=torch.bfloat16):
-        y = backend.call(tensors[0], tensors[1], 3, 1, *tensors[2:])
-    assert y.dtype == torch.bfloat16
-    grad = torch.randn_like(y)
-    y.backward(grad)
-    expected = _run(backend.call, [None if x is None else x.bfloat16() for x in tensors], grad)
-    assert torch.equal(y, expected[0])
-    for x, e in zip(tensors, expected[1:], strict=True):
-        if x is not None:
-            assert x.grad.dtype == torch.float32
-            assert torch.equal(x.grad, e.float())
-
-
-def test_autocast_takes_mixed_types(backend):
-    # a projection under autocast gives bfloat16, the ghost matrices are float32 parameters
-    value, logits, mul, add = _draw(dtype=torch.float32, device=backend.device)
-    with torch.autocast(backend.device, dtype=torch.bfloat16):
-        mixed = backend.call(value.bfloat16(), logits, 3, 1, mul.bfloat16(), add)
-        assert torch.equal(mixed, backend.call(value, logits, 3, 1, mul, add))
-
-
-def test_autocast_leaves_float64(backend):
-    value, logits, mul, add = _draw(device=backend.device)
-    with torch.autocast(backend.device, dtype=torch.bfloat16):
-        y = backend.call(value, logits, 3, 1, mul, add)
-    assert y.dtype == torch.float64
-    assert torch.equal(y, backend.call(value, logits, 3, 1, mul, add))
-
-
 # the operator, compilers and graphs
 
 
@@ -639,42 +383,6 @@ def test_operator_without_softmax(backend, ghosts):
     for name, a, e in zip(NAMES, _run(operator, tensors, grad), _run(reference, tensors, grad), strict=True):
         if e is not None:
             assert_near(a, e, EXACT, name)
-
-
-def test_meta_tensors():
-    tensors = _draw(dtype=torch.bfloat16, device='meta')
-    y, *grads = _run(local_attention, tensors, tensors[0])
-    assert y.is_meta and y.shape == tensors[0].shape and y.dtype == torch.bfloat16
-    assert [g.shape for g in grads] == [x.shape for x in tensors]
-
-
-@pytest.mark.parametrize('ghosts', ['', 'ma'])
-def test_compile(backend, ghosts, fresh_compiler):
-    graphs, counts = [], []
-
-    def counting(graph, inputs):
-        graphs.append(sum('local_attention' in str(node.target) for node in graph.graph.nodes))
-        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
-
-    def step(value, logits, mul, add):
-        return backend.call(2 * value, logits, 3, 2, mul, add).tanh()
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
-    for batch, height, width in ((2, 5, 7), (3, 4, 17), (2, 30, 8), (4, 2, 3)):  # the first are no two alike
-        tensors = _draw((batch, height, width, 6), 3, 3, ghosts, device=backend.device)
-        grad = torch.randn_like(tensors[0])
-
-        def call(run, value, logits, kernel_size, dilation, mul, add):
-            return run(value, logits, mul, add)
-
-        actual = _run(lambda *args: call(compiled, *args), tensors, grad)
-        expected = _run(lambda *args: call(step, *args), tensors, grad)
-        for name, a, e in zip(NAMES, actual, expected, strict=True):
-            if e is not None:
-                assert_near(a, e, EXACT, name)
-        counts.append(len(graphs))
-    assert set(graphs) == {1}  # the operator, once
-    assert len(set(counts)) == 1  # compiled for the first size (in however many attempts), which serves all others
 
 
 def test_compile_follows_the_choice_of_backend(monkeypatch, restore_backend, fresh_compiler):
@@ -711,21 +419,6 @@ class _Module(nn.Module):
             value, logits, self.kernel_size, self.dilation, self.ghost_mul, self.ghost_add, self.dropout_p)
 
 
-SIZES = ((2, 5, 6), (1, 14, 28), (3, 1, 1), (2, 2, 15), (1, 31, 3))
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
-@pytest.mark.parametrize('kernel_size, dilation', [(3, 1), (5, 2)])
-def test_script(kernel_size, dilation, ghosts):
-    module = _Module(6, kernel_size, dilation, ghosts)
-    scripted = torch.jit.script(module)
-    for batch, height, width in SIZES:
-        value, logits, _, _ = _draw((batch, height, width, 6), 3, kernel_size)
-        expected = local_attention_reference(
-            value, logits, kernel_size, dilation, module.ghost_mul, module.ghost_add)
-        assert_near(scripted(value, logits), expected, EXACT)
-
-
 def test_script_gradients_and_dropout():
     value, logits, _, _ = _draw()
     module = _Module(6, 3, 1, 'ma')
@@ -746,55 +439,6 @@ def test_script_gradients_and_dropout():
     for name, a, e in zip(NAMES, run(scripted), run(module), strict=True):
         assert_near(a, e, EXACT, name)
     assert not torch.equal(scripted(value, logits), without)
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
-def test_trace(ghosts):
-    value, logits, _, _ = _draw()
-    module = _Module(6, 3, 1, ghosts)
-    traced = torch.jit.trace(module, (value, logits))
-    assert 'elsa_models::' not in str(traced.inlined_graph)  # core operators alone
-    assert_near(traced(value, logits), module(value, logits), EXACT)
-
-
-@pytest.mark.parametrize('ghosts', GHOSTS)
-@pytest.mark.parametrize('kernel_size, dilation', [(3, 1), (5, 2)])
-def test_export(kernel_size, dilation, ghosts):
-    module = _Module(6, kernel_size, dilation, ghosts)
-    value, logits, _, _ = _draw((2, 9, 16, 6), 3, kernel_size)
-    # without a factor the plain form goes by tiles of 2 x 4 pixels: open sizes begin with the second tile
-    least = (1, 1, 1) if 'm' in ghosts else (1, 3, 5)
-    dims = {i: torch.export.Dim(name, min=n, max=512) for i, (name, n) in enumerate(zip('BHW', least, strict=True))}
-    # what torch cannot prove of sizes, it checks when the program runs
-    program = torch.export.export(
-        module, (value, logits), dynamic_shapes=(dims, dims), prefer_deferred_runtime_asserts_over_guards=True)
-    targets = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
-    assert not [t for t in targets if t.startswith('elsa_models')]  # core operators alone
-    exported = program.module()
-    for size in SIZES:
-        value, logits, _, _ = _draw((*size, 6), 3, kernel_size)
-        expected = local_attention_reference(
-            value, logits, kernel_size, dilation, module.ghost_mul, module.ghost_add)
-        if all(n >= m for n, m in zip(size, least, strict=True)):
-            assert_near(exported(value, logits), expected, EXACT)
-        else:  # with its size fixed
-            fixed = torch.export.export(module, (value, logits)).module()
-            assert_near(fixed(value, logits), expected, EXACT)
-
-
-@pytest.mark.parametrize('use_reentrant', [False, True])
-def test_checkpointing(backend, use_reentrant):
-    tensors = _draw(device=backend.device)
-    grad = torch.randn_like(tensors[0])
-
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    y = torch.utils.checkpoint.checkpoint(
-        backend.call, leaves[0], leaves[1], 3, 1, *leaves[2:], use_reentrant=use_reentrant)
-    y.backward(grad)
-    expected = _run(backend.call, tensors, grad)
-    assert torch.equal(y, expected[0])
-    for name, x, e in zip(NAMES[1:], leaves, expected[1:], strict=True):
-        assert torch.equal(x.grad, e), name
 
 
 # bad input
