@@ -8,8 +8,6 @@ Prints the likeliest classes of each image. With --output they are kept as predi
 contact sheet, contact.png, and, for models with local attention, attention.png: where it is sharp and where it spreads.
 """
 import argparse
-import csv
-import io
 import json
 import logging
 import sys
@@ -21,19 +19,19 @@ from timm.utils import setup_default_logging
 
 import elsa_models  # noqa: F401, registers the models
 from elsa_models._files import write_atomically
+from elsa_models._images import printable
 from elsa_models.inference import Answer, classify, figures, find_device, find_images, load_classifier
+from elsa_models.inference.text import to_csv
 from elsa_models.inspect import has_local_attention
 from elsa_models.models._naming import HELP
 
 
 def _as_csv(answers: List[Answer], top_k: int) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['file', *(f'{kind}{i + 1}' for i in range(top_k) for kind in ('label', 'probability'))])
+    rows = [['file', *(f'{kind}{i + 1}' for i in range(top_k) for kind in ('label', 'probability'))]]
     for answer in answers:
-        row = [x for label, p in zip(answer.labels, answer.probabilities, strict=True) for x in (label, f'{p:.6f}')]
-        writer.writerow([answer.file, *row])
-    return text.getvalue()
+        pairs = zip(answer.labels, answer.probabilities, strict=True)
+        rows.append([answer.file, *(x for label, p in pairs for x in (label, f'{p:.6f}'))])
+    return to_csv(rows)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -65,7 +63,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         for answer in answers:
             classes = ', '.join(
                 f'{label} {p:.1%}' for label, p in zip(answer.labels, answer.probabilities, strict=True))
-            print(f'{answer.file}: {classes or "cannot be read"}')
+            print(f'{printable(answer.file)}: {printable(classes) or "cannot be read"}')
         if args.output is not None:
             folder = Path(args.output)
             folder.mkdir(parents=True, exist_ok=True)

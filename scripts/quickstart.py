@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Create a virtual environment, install this repository in it, and fine-tune a small model. Needs Python alone.
+"""Create a virtual environment, install this repository in it, and train a small model. Needs Python alone.
 
     python3 scripts/quickstart.py                                  # handwritten digits
     python3 scripts/quickstart.py --data FOLDER                    # one sub-folder of images for each class

@@ -18,11 +18,16 @@ from elsa_models.training.script import train_script
 
 
 def report(result: Result) -> None:
-    """Print the accuracy of the best epoch, and how to load its model."""
-    best = result.metrics
-    print(f'test accuracy: {best["val_top1"]:.2f} % of {best["val_images"]} held-out images, in epoch {best["epoch"]}')
+    """Print the accuracy of the best epoch, how to use its model, and what might help."""
+    best, recipe = result.metrics, result.job.recipe
+    print(f'held-out accuracy: {best["val_top1"]:.2f} % of {best["val_images"]} images, in epoch {best["epoch"]},'
+          ' which was chosen by them: other images are recognised less often')
+    if not recipe.pretrained and recipe.checkpoint is None and recipe.warm_start is None and recipe.data != 'digits':
+        print('what would help most: weights (--pretrained with a model that has some, see configs/finetune.yaml), then'
+              ' more images')
     print('load the model with:')
     print(f"  import elsa_models, timm; timm.create_model('local-dir:{result.folder / 'model'}', pretrained=True)")
+    print(f'train it further, with a schedule of its own: the same command with --model {result.folder}')
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -11,12 +11,12 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-from timm.data import ImageDataset, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from timm.layers import to_2tuple
 from timm.models import FeatureInfo, get_model_input_config
 
 from .._extras import require
-from .._images import denormalise
+from .._images import DataError, denormalise, find_images, read_image
 from .._modes import evaluating
 from .rewrite import rewrite_for_runtimes
 
@@ -196,13 +196,13 @@ def _load_images(folder: Union[str, Path], data_config: Dict[str, Any], size: Tu
         raise FileNotFoundError(f'images: got {str(folder)!r}, must be a folder of images.')
     mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     try:
-        dataset = ImageDataset(str(folder), input_img_mode=mode)
-    except RuntimeError as e:
+        files = find_images([str(folder)])
+    except DataError as e:
         raise ValueError(f'images: got {str(folder)!r}, which holds no image files.') from e
     config = {**data_config, 'input_size': (data_config['input_size'][0], *size)}
-    dataset.transform = create_transform(**config, is_training=False)
-    step = max(1, -(-len(dataset) // _MAX_IMAGES))
-    return [dataset[i][0] for i in range(0, len(dataset), step)]
+    transform = create_transform(**config, is_training=False)
+    step = max(1, -(-len(files) // _MAX_IMAGES))
+    return [transform(read_image(file, mode)) for file in files[::step]]
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Pictures for a person: what a model predicts, and where its local attention looks."""
+import io
 import math
-import textwrap
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Union
 
@@ -8,9 +9,11 @@ import torch
 import torch.nn as nn
 
 from .._extras import require
+from .._files import write_atomically
 from .._images import normalise, read_image, to_picture
 from ..inspect import AttentionLayer, attention_layers
 from .classifier import Answer, Classifier, Predictions, color_mode, create_eval_transform
+from .text import families_for, legible, shorten, write_csv
 
 _RIGHT, _WRONG, _QUERY = '#1b7837', '#c51b2b', '#ff7f0e'
 _MAX_HEADS = 6  # drawn for each layer
@@ -67,9 +70,11 @@ def draw_confusion(
     ax.set_xlabel('predicted class')
     ax.set_ylabel('true class')
     if number <= 40:
-        names = [_short(name) for name in class_names]
+        names = legible(class_names)
         ax.set_xticks(range(number), names, rotation=90)
         ax.set_yticks(range(number), names)
+        if names != [shorten(name) for name in class_names]:
+            ax.set_xlabel('predicted class; numbers are those of classes.csv')
     if number <= 25:
         for i in range(number):
             for j in range(number):
@@ -79,6 +84,29 @@ def draw_confusion(
     right = counts.diagonal().sum().item()
     ax.set_title(f'{right} of {len(targets)} held-out images are recognised: {100 * right / len(targets):.2f} %')
     _save(figure, path)
+
+
+def write_classes(
+        targets: torch.Tensor,
+        predicted: torch.Tensor,
+        class_names: List[str],
+        path: Union[str, Path],
+) -> None:
+    """Write how well each class is recognised: images, precision, recall and F1 in percent; empty where undefined.
+
+    Args:
+        targets: (N,) classes.
+        predicted: (N,) classes.
+        class_names: Name of each class.
+        path: CSV to write.
+    """
+    rows: List[List[Any]] = [['number', 'class', 'images', 'precision', 'recall', 'f1']]
+    for i, name in enumerate(class_names):
+        there, said = (targets == i).sum().item(), (predicted == i).sum().item()
+        hits = ((targets == i) & (predicted == i)).sum().item()
+        parts = ((hits, said), (hits, there), (2 * hits, said + there))
+        rows.append([i, name, there, *(f'{100. * a / b:.2f}' if b else '' for a, b in parts)])
+    write_csv(rows, path)
 
 
 def draw_predictions(
@@ -99,6 +127,7 @@ def draw_predictions(
         rows: Rows of the grid, at most.
         columns: Columns of the grid, at most.
     """
+    names = legible(class_names)
     targets, predicted, confidence, index = (
         predictions.targets, predictions.predicted, predictions.confidence, predictions.index)
     wrong = (predicted != targets).nonzero().flatten().tolist()
@@ -123,11 +152,11 @@ def draw_predictions(
         ax.axis('off')
     for ax, i in zip(axes, shown + sample, strict=False):
         _show(ax, images.image(index[i]))
-        name = _short(class_names[predicted[i]])
+        name = names[predicted[i]]
         if predicted[i] == targets[i]:
             text, color = f'{name}\n{confidence[i]:.0%}', _RIGHT
         else:
-            text, color = f'{name}, not {_short(class_names[targets[i]])}\n{confidence[i]:.0%}', _WRONG
+            text, color = f'{name}, not {names[targets[i]]}\n{confidence[i]:.0%}', _WRONG
         ax.set_title(text, fontsize=10 if len(text) < 18 else 7, color=color, pad=3)
     _save(figure, path)
 
@@ -173,7 +202,7 @@ def draw_attention(
 
     heads = min(_MAX_HEADS, max(layer.weights.shape[2] for layer in layers))
     figure = _new_figure(2.5 * (heads + 2) + 0.6, 2.7 * len(layers) + 1.8)
-    as_class = f', recognised as “{_short(class_names[predicted[index]])}”' if recognised else ''
+    as_class = f', recognised as “{legible(class_names)[predicted[index]]}”' if recognised else ''
     figure.suptitle(f'Where a pixel looks: local attention on a held-out image{as_class}', fontsize=15,
                     fontweight='bold')
     grid = figure.add_gridspec(len(layers) + 1, heads + 2, height_ratios=[1.] * len(layers) + [0.07])
@@ -237,7 +266,8 @@ def draw_contact_sheet(
         ax.axis('off')
     for ax, answer in zip(axes, shown, strict=False):
         _show(ax, _thumbnail(answer.file))
-        lines = [f'{_short(label)} {p:.0%}' for label, p in zip(answer.labels[:3], answer.probabilities, strict=False)]
+        best = zip(answer.labels[:3], answer.probabilities, strict=False)
+        lines = [f'{_legible(label)} {p:.0%}' for label, p in best]
         ax.set_title('\n'.join(lines), fontsize=8, pad=3)
     _save(figure, path)
 
@@ -274,7 +304,7 @@ def draw_overlays(
         for ax in row:
             _clean(ax)
         row[0].imshow(picture, cmap='gray', vmin=0., vmax=1.)
-        row[0].set_title(f'{_short(answer.labels[0])} {answer.probabilities[0]:.0%}', fontsize=10)
+        row[0].set_title(f'{_legible(answer.labels[0])} {answer.probabilities[0]:.0%}', fontsize=10)
         height, width = picture.shape[:2]
         for ax, layer in zip(row[1:], layers, strict=False):
             grey = picture if picture.ndim == 2 else picture.mean(axis=2)
@@ -286,6 +316,11 @@ def draw_overlays(
             ax.set_title(f'map of {H} × {W}, {layer.kernel_size} × {layer.kernel_size} neighbours', fontsize=9)
     figure.colorbar(spread, ax=axes, shrink=0.6, label='part of the neighbours in use')
     _save(figure, path)
+
+
+def _legible(label: str) -> str:
+    shown, = legible([label])
+    return shown if shown == shorten(label) else '(no font for its name)'
 
 
 def _thumbnail(file: str) -> Any:
@@ -353,7 +388,15 @@ def _new_figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Union[str, Path]) -> None:
-    figure.savefig(path, dpi=130)
+    texts = [text for text in figure.findobj(require('matplotlib.text').Text) if text.get_text()]
+    families = families_for(text.get_text() for text in texts)
+    for text in texts:
+        text.set_fontfamily(families)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of layout and fonts
+        figure.savefig(content, dpi=130, format='png')
+    write_atomically(content.getvalue(), path)
 
 
 def _show(ax: Any, image: Any) -> None:
@@ -363,7 +406,3 @@ def _show(ax: Any, image: Any) -> None:
 def _clean(ax: Any) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
-
-
-def _short(name: str) -> str:
-    return textwrap.shorten(name, 18, placeholder='…') if ' ' in name else name if len(name) <= 18 else name[:17] + '…'

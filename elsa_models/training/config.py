@@ -43,6 +43,7 @@ def value(
         high: float = math.inf,
         choices: Tuple[str, ...] = (),
         free: bool = False,
+        group: str = '',
 ) -> Any:
     """A value of a recipe.
 
@@ -53,8 +54,9 @@ def value(
         high: Highest number.
         choices: All that it may be, if there are any.
         free: Whether it decides nothing about the result, and may differ when a run goes on.
+        group: Heading under which --help lists it and those that follow.
     """
-    metadata = dict(help=help, low=low, high=high, choices=choices, free=free)
+    metadata = dict(help=help, low=low, high=high, choices=choices, free=free, group=group)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -92,7 +94,7 @@ class Values:
 class BaseRecipe(Values):
     """What every training has: model, optimiser, schedule, machine, output. A job adds its own by subclassing."""
     # model
-    model: str = value(SMALL_MODEL, f'{NAMES}; a path comes with its weights')
+    model: str = value(SMALL_MODEL, f'{NAMES}; a path comes with its weights', group='model')
     model_args: Dict[str, Any] = value({}, 'further arguments of the model: img_size, kernel_size, ...')
     pretrained: bool = value(False, "start from the model's weights instead of random ones")
     checkpoint: Optional[str] = value(None, 'start from the weights in this file; a classifier of other classes is'
@@ -104,7 +106,7 @@ class BaseRecipe(Values):
     head_epochs: int = value(0, 'first epochs that train the classifier alone', low=0)
 
     # optimiser and schedule
-    epochs: int = value(30, 'passes over the training images', low=1)
+    epochs: int = value(30, 'passes over the training images', low=1, group='optimiser and schedule')
     min_steps: int = value(0, 'steps of the epochs together, at least: where images are few, an epoch passes over them'
                               ' several times', low=0)
     cooldown_epochs: int = value(0, 'further epochs at the final learning rate', low=0)
@@ -131,7 +133,8 @@ class BaseRecipe(Values):
     seed: int = value(42, 'seed of initialisation, augmentation and order', low=0, high=2 ** 63 - 1)
 
     # machine: what changes no result beyond rounding may change between a run and its continuation
-    device: str = value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu', free=True)
+    device: str = value('auto', 'cpu, cuda, mps, ...; auto takes cuda where there is one, else cpu', free=True,
+                        group='machine')
     workers: int = value(0, 'processes that load images, for each process that trains; 0 for none', low=0, free=True)
     amp: Optional[str] = value(None, 'compute in bfloat16 or float16 where that is safe',
                                choices=('bfloat16', 'float16'))
@@ -142,7 +145,7 @@ class BaseRecipe(Values):
                        free=True)
 
     # output
-    output: str = value('output', 'folder in which the run gets one of its own', free=True)
+    output: str = value('output', 'folder in which the run gets one of its own', free=True, group='output')
     name: str = value('', 'name of that folder; if empty, that of the data, with a number where it is taken', free=True)
     overwrite: bool = value(False, 'let this run replace a finished one of the same name', free=True)
     resume: bool = value(True, 'go on with an unfinished run of the same name; otherwise start it afresh', free=True)
@@ -186,7 +189,7 @@ class ImageValues(Values):
     # data
     data: str = value('digits', "'digits' (scikit-learn's handwritten digits); a folder of class-named folders of"
                                 " images, or one that holds two of those, train and val; or a data set of timm's"
-                                " factory: torch/NAME, hfds/NAME, hfids/NAME, wds/NAME")
+                                " factory: torch/NAME, hfds/NAME, hfids/NAME, wds/NAME", group='data')
     data_dir: Optional[str] = value(None, "root folder or address of a data set of timm's factory")
     data_args: Dict[str, Any] = value({}, "further arguments of timm's factory: input_key, target_key, ...")
     train_split: str = value('train', "name of the part to train on, for timm's factory")
@@ -198,7 +201,8 @@ class ImageValues(Values):
     limit: int = value(0, 'use at most this many images of each class, 0 for all', low=0)
 
     # images: None takes the model's own value
-    crop_pct: Optional[float] = value(None, 'part of the resized image that is kept in evaluation', low=0.01)
+    crop_pct: Optional[float] = value(None, 'part of the resized image that is kept in evaluation', low=0.01,
+                                      group='images')
     interpolation: Optional[str] = value(None, 'bilinear, bicubic, lanczos or nearest',
                                          choices=('bilinear', 'bicubic', 'lanczos', 'nearest'))
     mean: Optional[Tuple[float, ...]] = value(None, 'mean of each channel, of values between 0 and 1')
@@ -218,7 +222,8 @@ class Recipe(ImageValues, BaseRecipe):
 
     # augmentation
     train_crop_mode: str = value('rrc', 'rrc: random resized crop; rkrc, rkrr: resize by a random ratio, then crop or'
-                                        ' pad in the centre or at random', choices=('rrc', 'rkrc', 'rkrr'))
+                                        ' pad in the centre or at random', choices=('rrc', 'rkrc', 'rkrr'),
+                                 group='augmentation')
     scale: Tuple[float, float] = value((0.08, 1.), 'range of the crop, as a part of the area', low=0.)
     ratio: Tuple[float, float] = value((3. / 4., 4. / 3.), 'range of the aspect ratio of the crop', low=0.01)
     hflip: float = value(0.5, 'probability of a horizontal flip', low=0., high=1.)
@@ -241,7 +246,7 @@ class Recipe(ImageValues, BaseRecipe):
 
     # loss
     loss: str = value('ce', 'ce: cross-entropy; bce: binary cross-entropy; poly; asl',
-                      choices=('ce', 'bce', 'poly', 'asl'))
+                      choices=('ce', 'bce', 'poly', 'asl'), group='loss')
     smoothing: float = value(0.1, 'label smoothing', low=0., high=1.)
     class_balance: Optional[str] = value(None, "weight classes by their images, timm's method; with ce or bce",
                                          choices=('inv_freq', 'effective_num'))
@@ -250,10 +255,10 @@ class Recipe(ImageValues, BaseRecipe):
     token_weight: float = value(0.5, "weight of the tokens' loss", low=0.)
 
     # evaluation: the same batches on any number of processes, and so the same bits
-    eval_batch_size: int = value(64, 'images that a process evaluates at once', low=1, free=True)
+    eval_batch_size: int = value(64, 'images that a process evaluates at once', low=1, free=True, group='evaluation')
 
     # output
-    figures: bool = value(True, 'draw curves, confusion, predictions and attention', free=True)
+    figures: bool = value(True, 'draw curves, confusion, predictions and attention', free=True, group='output')
     onnx: bool = value(True, 'export to ONNX and check it in ONNX Runtime', free=True)
 
     @property
@@ -266,7 +271,7 @@ class Recipe(ImageValues, BaseRecipe):
 class Validation(ImageValues):
     """What scripts/validate.py measures."""
     data: Optional[str] = value(None, "as in a recipe; if none, that of the run that the model is from, else 'digits'")
-    model: str = value(SMALL_MODEL, f'{NAMES}; or an ONNX file')
+    model: str = value(SMALL_MODEL, f'{NAMES}; or an ONNX file', group='model and machine')
     model_args: Dict[str, Any] = value({}, 'further arguments of the model: img_size, kernel_size, ...')
     pretrained: bool = value(True, 'take the weights that the name stands for')
     checkpoint: Optional[str] = value(None, 'take the weights in this file instead')
@@ -334,9 +339,15 @@ def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) 
         kind: Class of the recipe.
     """
     hints = get_type_hints(kind)
+    groups: Dict[str, Any] = {}
+    title = 'values'
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
-        options = dict(dest=field.name, default=argparse.SUPPRESS, help=field.metadata['help'].replace('%', '%%'))
+        title = field.metadata['group'] or title
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        text = f'{field.metadata["help"]} (default: {_default(field)})'
+        options = dict(dest=field.name, default=argparse.SUPPRESS, help=text.replace('%', '%%'))
         bare = _without_none(hint)
         if bare is bool:
             options.update(action=argparse.BooleanOptionalAction)
@@ -351,7 +362,16 @@ def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) 
         numbers = get_origin(bare) is tuple and get_args(bare)[0] is not str
         if bare in (int, float) or numbers or bare is not hint and bare is not str:
             options.update(type=_read_option)  # typed as in a file, so that null means none there as here
-        parser.add_argument('--' + field.name.replace('_', '-'), **options)
+        groups[title].add_argument('--' + field.name.replace('_', '-'), **options)
+
+
+def _default(field: dataclasses.Field) -> str:
+    """The default of a value as it is written on a command line."""
+    if field.default is dataclasses.MISSING or field.default in (None, '', ()):
+        return 'none'
+    if isinstance(field.default, bool):
+        return 'yes' if field.default else 'no'
+    return ' '.join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
 
 
 def _read(text: str) -> Any:

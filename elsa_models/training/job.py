@@ -1,7 +1,8 @@
 """What a run trains: the one thing that classification, detection and segmentation do not share."""
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -11,6 +12,8 @@ from timm.utils import unwrap_model
 from .config import BaseRecipe
 from .loading import TrainLoader
 from .world import World
+
+_logger = logging.getLogger(__name__)
 
 
 class Job(ABC):
@@ -29,6 +32,7 @@ class Job(ABC):
         higher_is_better: Whether more of it is better.
         outputs: Names of all files and folders that `finish` may write.
         recipe_kind: Class of its recipes.
+        in_percent: How the names of the metrics start that are percentages.
     """
     task: TrainingTask
     train_loader: TrainLoader
@@ -36,6 +40,7 @@ class Job(ABC):
     higher_is_better: bool = True
     outputs: Tuple[str, ...] = ()
     recipe_kind: Type[BaseRecipe] = BaseRecipe
+    in_percent: Tuple[str, ...] = ()
 
     @classmethod
     def requirements(cls, recipe: BaseRecipe) -> List[Tuple[str, str]]:
@@ -72,6 +77,13 @@ class Job(ABC):
             model: Model in evaluation mode: the trained one or its moving average. Gradients are off, autocast is on.
         """
 
+    @classmethod
+    def show(cls, metrics: Dict[str, float]) -> str:
+        """Metrics for a person, by name and with percent signs."""
+        return ', '.join(
+            f'{name} {value:.2f} %' if name.startswith(cls.in_percent or '-') else f'{name} {value:.4g}'
+            for name, value in metrics.items())
+
     def head(self) -> Tuple[str, ...]:
         """Names of the modules that are trained alone in `head_epochs`."""
         head = self.model.default_cfg.get('classifier', ())
@@ -98,3 +110,11 @@ class Job(ABC):
             folder: Folder to write to; what an earlier attempt has left is gone.
             history: The metrics of each epoch, as in the log.
         """
+
+
+def draw(name: str, function: Callable[..., Any], *args: Any) -> None:
+    """Draw a figure, of which no fault ends a run that has its result."""
+    try:
+        function(*args)
+    except Exception as e:  # of matplotlib, of fonts, of pictures
+        _logger.warning('%s: is not drawn (%s: %s)', name, type(e).__name__, e)

@@ -298,7 +298,7 @@ class Trainer:
             self.checkpoints.create_folder()
         self.resume()
         tqdm = require('tqdm').tqdm
-        self.bar = lambda **kwargs: tqdm(dynamic_ncols=True, disable=not main, **kwargs)
+        self.bar = lambda **kwargs: tqdm(dynamic_ncols=True, disable=None if main else True, **kwargs)
         on = self.recipe.tensorboard and main
         self.tensorboard = TensorBoard(self.folder / TENSORBOARD if on else None, self.global_step)
         try:
@@ -323,7 +323,7 @@ class Trainer:
         if self.world.is_main:
             write_csv(self.history, self.folder / LOG)
             self.tensorboard.scalars({f'epoch/{name}': float(v) for name, v in row.items()}, self.global_step)
-            metrics = ', '.join(f'{name[4:]} {v:.4g}' for name, v in row.items() if name.startswith('val_'))
+            metrics = self.job.show({name[4:]: v for name, v in row.items() if name.startswith('val_')})
             _logger.info('epoch %d: loss %.4g; held out: %s', row['epoch'], row['train_loss'], metrics)
 
     def save(self, is_best: bool = False) -> None:

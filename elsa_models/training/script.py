@@ -20,10 +20,9 @@ from .world import leave_world
 
 def report_metrics(result: Result) -> None:
     """Print the metrics of the best epoch."""
-    for name, value in result.metrics.items():
-        if name.startswith('val_'):
-            print(f'{name[4:]}: {value:.2f}')
-    print(f'best epoch: {result.metrics["epoch"]}')
+    metrics = {name[4:]: value for name, value in result.metrics.items() if name.startswith('val_')}
+    print(f'held out: {result.job.show(metrics)}')
+    print(f'best epoch: {result.metrics["epoch"]}, chosen by the same images')
 
 
 def train_script(

@@ -28,7 +28,7 @@ def test_digits_from_the_command_line(tmp_path):
         '--config', ROOT / 'configs' / 'digits.yaml', '--epochs', 1, '--limit', 8, '--model-args', 'img_size=32',
         '--no-onnx', '--no-figures', '--name', 'mine', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert 'test accuracy: ' in done.stdout and '20 held-out images' in done.stdout
+    assert 'held-out accuracy: ' in done.stdout and 'of 20 images' in done.stdout
     assert 'epoch 1/1' in done.stderr and '100%' in done.stderr
     folder = tmp_path / 'output' / 'mine'
     assert str(Path('output') / 'mine' / 'model') in done.stdout and (folder / 'model' / 'config.json').is_file()

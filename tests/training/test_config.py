@@ -94,6 +94,15 @@ def test_file_that_nobody_wrote_for_this(tmp_path, text, capsys):
             load_recipe(overrides=_parse(*arguments))
 
 
+def test_help_has_every_default_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        _parse('--help')
+    text = capsys.readouterr().out
+    assert text.count('(default:') == len(dataclasses.fields(Recipe))
+    for words in ('optimiser and schedule:', 'augmentation:', 'machine:', '(default: adamw)', '(default: 0.75 1.33'):
+        assert words in ' '.join(text.split()), words
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match='absent.yaml'):
         load_recipe(tmp_path / 'absent.yaml')

@@ -1,3 +1,5 @@
+import csv
+
 import pytest
 import timm
 import torch
@@ -14,6 +16,43 @@ def _predictions(targets, predicted):
     number = len(targets)
     return Predictions(
         targets, predicted, torch.full((number,), 0.9), torch.zeros(number), targets >= 0, torch.arange(number))
+
+
+HARD = [
+    '$x^{$', '$', 'a_b^c\\frac{', '大きな犬', 'größe', 'عربي', '\udcff\n', '=1+1,"x"', '<b>', '\U000fffff', 'x' * 99]
+
+
+def test_any_name_is_drawn(tmp_path, recwarn):
+    targets = torch.arange(len(HARD))
+    images = LabelledImages([Image.new('RGB', (9, 9))] * len(HARD), targets.tolist())
+    predictions = _predictions(targets.tolist(), targets.flip(0).tolist())
+    figures.draw_confusion(targets, targets.flip(0), HARD, tmp_path / 'c.png')
+    figures.draw_predictions(images, predictions, HARD, tmp_path / 'p.png')
+    Image.new('RGB', (9, 9)).save(tmp_path / 'x.png')
+    answers = [figures.Answer(str(tmp_path / 'x.png'), [name], [1.]) for name in HARD]
+    figures.draw_contact_sheet(answers, tmp_path / 's.png')
+    assert all((tmp_path / f'{name}.png').stat().st_size > 1000 for name in 'cps')
+    assert not [w for w in recwarn if 'lyph' in str(w.message)]
+
+
+def test_names_without_a_font_are_numbered(monkeypatch):
+    from elsa_models.inference import text
+    assert text.legible(['cat', '\U00013000', '$5']) == ['cat', 'class 1', r'\$5']
+    assert len(text.shorten('a name of many words and more')) <= 18
+
+
+def test_classes_are_measured(tmp_path):
+    from sklearn.metrics import precision_recall_fscore_support
+    targets, predicted = torch.randint(4, (2, 50)).unbind()
+    figures.write_classes(targets, predicted, ['=a', 'b,', 'c"', 'd', 'absent'], tmp_path / 'c.csv')
+    with open(tmp_path / 'c.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['class'] for row in rows] == ["'=a", 'b,', 'c"', 'd', 'absent']
+    expected = precision_recall_fscore_support(targets, predicted, zero_division=0.)
+    for column, values in zip(('precision', 'recall', 'f1', 'images'), expected, strict=True):
+        scale = 1 if column == 'images' else 100
+        assert [float(row[column]) for row in rows[:4]] == pytest.approx((values * scale).tolist(), abs=0.01)
+    assert rows[4]['images'] == '0' and rows[4]['recall'] == ''
 
 
 def test_curves_are_drawn(tmp_path):

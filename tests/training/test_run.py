@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -55,8 +56,8 @@ def full(tmp_path_factory):
 
 def test_writes_everything(full):
     pictures = ['curves.png', 'confusion.png', 'predictions.png', 'attention.png']
-    names = ['model', 'model.onnx', *pictures, 'log.csv', 'recipe.yaml']
-    assert [f.name for f in full.files] == names
+    names = ['model', 'model.onnx', *pictures, 'classes.csv', 'log.csv', 'recipe.yaml']
+    assert sorted(f.name for f in full.files) == sorted(names)
     assert sorted(p.name for p in full.folder.iterdir()) == sorted([*names, 'checkpoints'])
     assert full.folder.name == 'digits' and full.metrics['val_images'] == 20
     assert [p.name for p in full.folder.parent.iterdir()] == ['digits']
@@ -209,10 +210,10 @@ def test_starts_from_a_saved_model(tmp_path, full, image_folder):
     assert all(torch.equal(x, before[name]) for name, x in after.items() if not name.startswith('head.'))
 
 
-@pytest.mark.parametrize('at', ['run', 'save_folder', 'export_onnx', 'draw_predictions'])
+@pytest.mark.parametrize('at', ['run', 'save_folder', 'export_onnx', 'write_classes'])
 def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, monkeypatch, at):
     from elsa_models.inference import figures
-    modules = {'draw_predictions': figures, 'run': sys.modules['elsa_models.training.run'].Trainer}
+    modules = {'write_classes': figures, 'run': sys.modules['elsa_models.training.run'].Trainer}
     module = modules.get(at, sys.modules['elsa_models.training.jobs.classification'])
     first = _run(tmp_path, epochs=1)
     before = _bytes(first.folder)
@@ -224,7 +225,7 @@ def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, mo
         raise RuntimeError('power cut')
 
     arguments = dict(
-        epochs=1, seed=7, onnx=at == 'export_onnx', figures=at == 'draw_predictions', name='digits', overwrite=True)
+        epochs=1, seed=7, onnx=at == 'export_onnx', figures=at == 'write_classes', name='digits', overwrite=True)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='power cut'):
         patch.setattr(module, at, half)
         _run(tmp_path, **arguments)
@@ -236,6 +237,20 @@ def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, mo
         second = _run(tmp_path, **arguments)
         assert [p.name for p in first.folder.parent.iterdir()] == ['digits']
         assert _weights(second) != before['model/model.safetensors']
+
+
+def test_no_figure_ends_a_run_that_has_its_result(tmp_path, image_folder, monkeypatch, caplog):
+    from elsa_models.inference import figures
+    (image_folder / 'red').rename(image_folder / '$x^{$')
+    os.rename(image_folder / 'blue', os.fsencode(image_folder) + b'/bl\xffe')
+    arguments = dict(data=str(image_folder), limit=0, epochs=1, batch_size=4, figures=True)
+    result = _run(tmp_path, **arguments, onnx=True)
+    assert 'is not drawn' not in caplog.text and (result.folder / 'confusion.png').exists()
+    for name in ('curves', 'confusion', 'predictions', 'attention'):
+        monkeypatch.setattr(figures, f'draw_{name}', lambda *args: 1 / 0)
+    again = _run(tmp_path, **arguments)
+    assert caplog.text.count('is not drawn (ZeroDivisionError') == 4 and _weights(again) == _weights(result)
+    assert not (again.folder / 'confusion.png').exists() and (again.folder / 'classes.csv').exists()
 
 
 def test_full_disk_at_the_end_is_a_clear_error(tmp_path, monkeypatch):

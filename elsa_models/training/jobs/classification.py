@@ -29,22 +29,23 @@ from ...models._warm_start import warm_start
 from ..config import Recipe, RecipeError, weights_error
 from ..data import LabelledImages, Splits, create_train_transform, load_splits
 from ..evaluation import create_eval_loader, predict, reestimate
-from ..job import Job
+from ..job import Job, draw
 from ..loading import EvalLoader, TrainLoader
 from ..token_labels import TokenLabelledImages, TokenLabelTask, TokenMaps, collate
 from ..world import World
 
 _logger = logging.getLogger(__name__)
 
-MODEL, ONNX, CURVES, CONFUSION, PREDICTIONS, ATTENTION = (
-    'model', 'model.onnx', 'curves.png', 'confusion.png', 'predictions.png', 'attention.png')
+MODEL, ONNX, CURVES, CONFUSION, CLASSES, PREDICTIONS, ATTENTION = (
+    'model', 'model.onnx', 'curves.png', 'confusion.png', 'classes.csv', 'predictions.png', 'attention.png')
 
 
 class ClassificationJob(Job):
     """Trains a classifier as a `Recipe` says."""
     metric = 'top1'
+    in_percent = ('top',)
     recipe_kind = Recipe
-    outputs = (MODEL, ONNX, CURVES, CONFUSION, PREDICTIONS, ATTENTION)
+    outputs = (MODEL, ONNX, CURVES, CONFUSION, CLASSES, PREDICTIONS, ATTENTION)
 
     @classmethod
     def requirements(cls, recipe: Recipe) -> List[Tuple[str, str]]:
@@ -214,19 +215,23 @@ class ClassificationJob(Job):
             export_onnx(model, folder / ONNX)
             _logger.info('exported the model to ONNX; ONNX Runtime agrees with it')
         if self.recipe.figures:
-            figures.draw_curves(history, folder / CURVES)
-            if self.splits.is_stream and self.world.size > 1:
-                _logger.info('%s: not drawn, this process reads only its share of the stream', CONFUSION)
-                return
-            alone = World(self.world.device)
-            with torch.no_grad():
-                predictions = predict(model, self._create_eval_loader(alone), alone)
-            figures.draw_confusion(predictions.targets, predictions.predicted, class_names, folder / CONFUSION)
-            if not self.splits.is_stream:
-                figures.draw_predictions(self.splits.val, predictions, class_names, folder / PREDICTIONS)
-                if has_local_attention(model):
-                    figures.draw_attention(
-                        model, self._load, self.data_config, predictions, class_names, folder / ATTENTION)
+            draw('curves', figures.draw_curves, history, folder / CURVES)
+        if not self.recipe.figures:
+            return
+        if self.splits.is_stream and self.world.size > 1:
+            _logger.info('%s: not drawn, this process reads only its share of the stream', CONFUSION)
+            return
+        alone = World(self.world.device)
+        with torch.no_grad():
+            found = predict(model, self._create_eval_loader(alone), alone)
+        pair = (found.targets, found.predicted, class_names)
+        figures.write_classes(*pair, folder / CLASSES)
+        draw('confusion', figures.draw_confusion, *pair, folder / CONFUSION)
+        if not self.splits.is_stream:
+            draw('predictions', figures.draw_predictions, self.splits.val, found, class_names, folder / PREDICTIONS)
+            if has_local_attention(model):
+                draw('attention', figures.draw_attention, model, self._load, self.data_config, found, class_names,
+                     folder / ATTENTION)
 
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:

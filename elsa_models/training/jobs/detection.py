@@ -85,6 +85,7 @@ def _collate(samples: List[Any]) -> Tuple[List[torch.Tensor], List[Dict[str, tor
 class DetectionJob(Job):
     """Trains a detector as a `DetectionRecipe` says."""
     metric = 'box_ap'
+    in_percent = ('box_', 'mask_')
     recipe_kind = DetectionRecipe
     outputs = (MODEL, PREDICTIONS)
 

@@ -58,6 +58,7 @@ def train_transform(recipe: SegmentationRecipe) -> v2.Transform:
 class SegmentationJob(Job):
     """Trains a segmenter as a `SegmentationRecipe` says."""
     metric = 'miou'
+    in_percent = ('miou', 'macc', 'pixel_acc')
     recipe_kind = SegmentationRecipe
     outputs = (MODEL, PREDICTIONS)
 
