@@ -60,6 +60,7 @@ def row(name: str) -> List[str]:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('models', nargs='*', default=['*'], help='names or wildcards, all models if none is given')
     args = parser.parse_args(argv)

@@ -4,12 +4,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from segmentation_models_pytorch.encoders import encoders
 
+from .._extras import require
 from .._images import normalise
 from ..layers.arguments import check_known
 from ..layers.sizes import sizes_are_open
@@ -17,6 +16,9 @@ from ..models import families
 from .features import DenseBackbone
 from .metrics import IGNORE, check_labels
 from .saved import load_model
+
+smp = require('segmentation_models_pytorch', 'segmentation')
+encoders = require('segmentation_models_pytorch.encoders', 'segmentation').encoders
 
 TASK = 'semantic-segmentation'
 _STRIDE = 32

@@ -1,2 +1,3 @@
+"""Looking into models: multiply-accumulates, attention maps."""
 from .attention import AttentionLayer, attention_layers, has_local_attention
 from .macs import count_macs, count_macs_by_op

@@ -1,3 +1,4 @@
+"""What models are built of."""
 from .block import ElsaBlock, MixerBlock
 from .mixers import (
     AxialAttention,

@@ -1,3 +1,4 @@
+"""Families of models, registered with timm."""
 from ._family import Family, families, family_of, register_family
 from ._token_labels import TokenLabelModel, TokenLabelOutput, token_label_loss
 from ._warm_start import WarmStartReport, warm_start

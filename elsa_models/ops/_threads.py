@@ -46,7 +46,7 @@ class _Helpers:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.jobs: 'queue.SimpleQueue[_Job]' = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self.threads: List[threading.Thread] = []
 
     def call(self, job: _Job, count: int) -> None:

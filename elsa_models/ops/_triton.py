@@ -53,7 +53,7 @@ def refuse(value: torch.Tensor) -> Optional[str]:
 
 
 @torch.compiler.assume_constant_result  # a property of the machine, not of the graph
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _refuse_gpu(index: Optional[int]) -> Optional[str]:
     if torch.version.cuda is None:
         return 'it has been written for NVIDIA GPUs only.'

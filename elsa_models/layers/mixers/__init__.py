@@ -1,3 +1,4 @@
+"""Mixers: attentions, and what takes their place, of maps (B, H, W, C)."""
 from .axial import AxialAttention
 from .elsa import ElsaAttention
 from .focal import FocalAttention

@@ -14,7 +14,7 @@ from .eager import Grads
 refuse = _triton.refuse
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _kernels() -> Any:
     from . import triton_kernels
     return triton_kernels

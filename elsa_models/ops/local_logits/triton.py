@@ -15,7 +15,7 @@ from .eager import Grads, bias_gradients
 refuse = _triton.refuse
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _kernels() -> Any:
     from . import triton_kernels
     return triton_kernels
