@@ -3,7 +3,7 @@ import csv
 import io
 import textwrap
 import warnings
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Iterable, List, Optional, Sequence, Set, Tuple, Union
 
@@ -15,7 +15,7 @@ _BASE = 'DejaVu Sans'  # which matplotlib brings
 _FORMULAS = ('=', '+', '-', '@', '\t', '\r')  # what spreadsheets take for one
 
 
-@lru_cache(maxsize=None)
+@cache
 def _characters(file: str) -> Set[int]:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -25,7 +25,7 @@ def _characters(file: str) -> Set[int]:
             return set()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _font_of(character: str) -> Optional[str]:
     """A font of this machine that has a character, None if there is none."""
     manager = require('matplotlib.font_manager')
