@@ -9,6 +9,8 @@ from .mixers import (
     LocalGlobalAttention,
     Mixer,
     StandAloneSelfAttention,
+    UnifiedNeighbourhoodAttention,
+    UnifiedWindowAttention,
     WindowAttention,
 )
 from .sizes import check_size, pad_map, sizes_are_open

@@ -9,6 +9,7 @@ from .focal_transformer import FocalTransformer
 from .gsa_resnet import GsaResNet
 from .keyonly_resnet import KeyOnlyResNet
 from .lg_transformer import LGTransformer
+from .mixer_swin import MixerSwin
 from .refiner_vit import RefinerVit
 from .sasa_resnet import SasaResNet
 

@@ -7,4 +7,5 @@ from .key_only import KeyOnlyAttention
 from .lg import LocalGlobalAttention
 from .mixer import Mixer
 from .sasa import StandAloneSelfAttention
+from .unified import UnifiedNeighbourhoodAttention, UnifiedWindowAttention
 from .window import WindowAttention
