@@ -16,6 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from .._extras import how_to_install
+from .._version import __version__
 from ..models._checkpoint import WEIGHT_FILES, WeightsError
 from .cache import sha256_of
 
@@ -111,7 +112,6 @@ def download_from_hub(
     Raises:
         SourceError: It could not be had, or is not what its name says.
     """
-    from .._version import __version__
     label = f'{repo_id}@{revision}' if revision else repo_id
     names = (filename,) if filename else WEIGHT_FILES
     for name in names:
@@ -242,7 +242,6 @@ def download_from_web(url: str, folder: Path) -> Path:
 
 def _fetch(url: str, part: Path) -> None:
     """Append what is missing of the file at `url`, or all of it where the server cannot continue."""
-    from .. import __version__
     start = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(url, headers={'User-Agent': f'elsa_models/{__version__}'})
     if request.type not in ('http', 'https'):
