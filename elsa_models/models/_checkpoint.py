@@ -25,6 +25,7 @@ _DEPTHS = ('depth', 'depths', 'layers', 'num_class_blocks')  # arguments that ar
 _SNIFFED = 512  # bytes
 _MAX_NAMES = 12  # listed in one message
 _MAX_CHARS = 100
+_WINDOW_TABLES = tuple([f'.relative_{what}_table' for what in ('position_bias', 'key', 'query')])  # by offset
 _WRAPPERS = ('state_dict', 'model', 'net')  # where training checkpoints keep their weights
 
 
@@ -139,7 +140,7 @@ def fit_positions(name: str, x: torch.Tensor, model: nn.Module) -> torch.Tensor:
     Returns:
         The entry in the model's size, or as it was if it is of another kind, unknown, or differs in more than size.
     """
-    if name not in ('patch_embed.proj.weight', 'pos_embed') and not name.endswith('.relative_position_bias_table'):
+    if name not in ('patch_embed.proj.weight', 'pos_embed') and not name.endswith(_WINDOW_TABLES):
         return x
     target = model.state_dict().get(name)
     if target is None or x.dim() != target.dim():
@@ -150,8 +151,10 @@ def fit_positions(name: str, x: torch.Tensor, model: nn.Module) -> torch.Tensor:
     elif name == 'pos_embed' and x.dim() == 4:
         if x.shape[-1] == target.shape[-1]:
             return resample_abs_pos_embed_nhwc(x, list(target.shape[1:3]), verbose=True)
-    elif name.endswith('.relative_position_bias_table'):
-        window_size = model.get_submodule(name.rpartition('.')[0]).window_size
+    elif name.endswith(_WINDOW_TABLES):
+        window_size = getattr(model.get_submodule(name.rpartition('.')[0]), 'window_size', None)
+        if window_size is None:  # of a neighbourhood
+            return x
         # tables of windows that are no squares can differ at equal shape
         if x.shape[1] == target.shape[1] and (x.shape != target.shape or window_size[0] != window_size[1]):
             return resize_rel_pos_bias_table(x, window_size, target.shape)

@@ -97,6 +97,21 @@ def to_own_names(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]
     return out
 
 
+def fit_tables(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Fit the tables of positions in a checkpoint, by distance, to those of the model's `GlobalSelfAttention`.
+
+    Raises:
+        WeightsError: A table is no table of distances.
+    """
+    out, targets = dict(state_dict), model.state_dict()
+    for name, x in state_dict.items():
+        if name.endswith(('.rel_col', '.rel_row')):
+            check_table(name, x, x.shape[0])
+            mixer = model.get_submodule(name.rpartition('.')[0])
+            out[name] = fit_positions(x, (targets[name].shape[0] + 1) // 2, mixer.beyond)
+    return out
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Fit a checkpoint to the model.
 
@@ -115,13 +130,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     """
     out = count_batches(to_own_names(unwrap(state_dict)), model)
     check_keys(out, model, optional='head.fc.')
-    targets = model.state_dict()
-    for name, x in out.items():
-        if name.endswith(('.rel_col', '.rel_row')):
-            check_table(name, x, x.shape[0])
-            mixer = model.get_submodule(name.rpartition('.')[0])
-            out[name] = fit_positions(x, (targets[name].shape[0] + 1) // 2, mixer.beyond)
-    return out
+    return fit_tables(out, model)
 
 
 def _create_gsa_resnet(variant: str, pretrained: bool = False, **kwargs) -> GsaResNet:

@@ -7,6 +7,7 @@ these and others, in every stage of the same network; nothing else differs.
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Type, Union
 
+import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
@@ -19,9 +20,10 @@ from ..layers import (
     UnifiedWindowAttention,
 )
 from ..layers.arguments import per_stage
-from ._checkpoint import build_model
+from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 from ._family import Family, register_family
 from ._swin_like import SwinLike, Windows, stage_windows
+from .gsa_resnet import fit_tables
 
 __all__ = ['MixerSwin']  # model_registry will add each entrypoint fn to this
 
@@ -210,6 +212,24 @@ def _other_factory(
     return factory
 
 
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Fit a checkpoint to a model with the same mixer: patch embedding and tables of positions are resampled.
+
+    Args:
+        state_dict: A state dict, or a training checkpoint that holds one.
+        model: The model that is to be loaded.
+
+    Returns:
+        Entries in the shapes of the model; those of the classifier are left for the caller to judge.
+
+    Raises:
+        WeightsError: Entries are missing or unknown, or a table is no table of distances.
+    """
+    out = {k: fit_positions(k, x, model) for k, x in unwrap(state_dict).items()}
+    check_keys(out, model, optional='head.fc.')
+    return fit_tables(out, model)
+
+
 def _create_mixer_swin(variant: str, pretrained: bool = False, **kwargs) -> MixerSwin:
     out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['depths']))))
     return build_model(
@@ -259,4 +279,5 @@ register_family(Family(
     name='mixer_swin',
     module=__name__,
     model_cls=MixerSwin,
+    filter_fn=checkpoint_filter_fn,
 ))

@@ -1,7 +1,10 @@
 """The network of the study with each of its mixers."""
+import copy
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm import create_model
 
 import elsa_models  # noqa: F401
@@ -20,6 +23,27 @@ def test_every_mixer(mixer):
     flexible.load_state_dict(model.state_dict())
     torch.testing.assert_close(flexible.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
     assert flexible(torch.randn(1, 3, 33, 70)).shape == (1, 5)
+
+
+@pytest.mark.parametrize('mixer', [m for m in MIXERS if m != 'lg'])  # which has other paths at other sizes
+def test_checkpoint_at_another_size(mixer, tmp_path):
+    """A file of 64 pixels and windows of 4 gives what the model gives that is changed to the other size."""
+    model = create_model('test_mixer_swin', mixer=mixer).eval()
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    x = torch.randn(1, 3, 96, 96)
+    for args in ({}, dict(img_size=96), dict(img_size=96, window_size=3)):
+        loaded = create_model(
+            'test_mixer_swin', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors')),
+            mixer=mixer, **args).eval()
+        if not args:
+            assert all(torch.equal(x, model.state_dict()[k]) for k, x in loaded.state_dict().items())
+            continue
+        if loaded._ref_window_sizes is None:
+            args = dict(img_size=args['img_size'])
+        changed = copy.deepcopy(model)
+        changed.set_input_size(**args)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), changed(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('mixer', sorted(UNIFIED))
