@@ -109,17 +109,28 @@ def _take_backbone(state_dict: StateDict) -> Dict[str, str]:
     return {f'norm.{k[len("norm3."):]}' if k.startswith('norm3.') else k: name for k, name in names.items()}
 
 
-def _guess_kind(state_dict: StateDict, family: Family) -> str:
+def _in_own_names(state_dict: StateDict, family: Family) -> StateDict:
+    try:
+        return family.to_own_names(state_dict)
+    except Exception:  # of entries of the right names and strange shapes; `fit_weights` says what is wrong with them
+        return state_dict
+
+
+def _guess_kind(state_dict: StateDict, family: Family, architecture: str, model_args: Dict[str, Any]) -> str:
     if any(k.startswith((_BACKBONE, 'norm3.')) for k in state_dict):
         return 'backbone'
     marks = tuple(f'.{m}' for m in family.marks)
-    of_authors = any(f.is_authors(state_dict) for f in families())
-    return 'weights' if of_authors or not marks or any(k.endswith(marks) for k in state_dict) else 'warm-start'
+    if not marks or any(f.is_authors(state_dict) for f in families()) or any(k.endswith(marks) for k in state_dict):
+        return 'weights'
+    found = _in_own_names(state_dict, family)
+    expected = timm.create_model(architecture, device='meta', **{**model_args, 'num_classes': 0}).state_dict()
+    return 'weights' if all(k in found for k in expected) else 'warm-start'
 
 
-def _num_classes(state_dict: StateDict) -> int:
-    for key in ('head.fc.weight', 'head.weight'):
-        x = state_dict.get(key)
+def _num_classes(state_dict: StateDict, family: Family) -> int:
+    found = _in_own_names(state_dict, family)
+    for classifier in family.classifiers:
+        x = found.get(f'{classifier}.weight')
         if x is not None and x.dim() == 2:
             return x.shape[0]
     return 0
@@ -157,7 +168,7 @@ def convert(
         raise ValueError(f'architecture: got {architecture!r}, must be one of {known}.')
     found = unwrap(read_checkpoint(path, use_ema))
     if kind == 'auto':
-        kind = _guess_kind(found, family)
+        kind = _guess_kind(found, family, architecture, model_args)
     if kind == 'warm-start':
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -169,11 +180,11 @@ def convert(
         rows = [(k, (k,), ('same',)) for k in report.copied]
         rows += [(k, (k,), ('resized',)) for k in report.resized]
         rows += [(k, (), ('dropped',)) for k in report.unused]
-        rows += [('-', (k,), ('missing',)) for k in report.left]
+        rows += [('-', (k,), ('missing',)) for k in (*report.left, *report.silenced)]
         share = 100. * (report.num_copied + report.num_resized) / report.num_params
         summary = (
             f'A start for training, and no trained model: {share:.0f} % of the parameters are those of a related model,'
-            f' the others, local attention among them, have their initial values.')
+            f' the others {"are zero or " if report.silenced else ""}have their initial values.')
         return Conversion(model, kind, KeyReport(tuple(rows)), summary, _UNKNOWN)
     names = {k: k for k in found}
     if kind == 'backbone':
@@ -184,7 +195,7 @@ def convert(
     else:
         summary = 'From a checkpoint of a training with this package.'
     taken = {k: found[name] for k, name in names.items()}
-    model_args.setdefault('num_classes', 0 if kind == 'backbone' else _num_classes(taken))
+    model_args.setdefault('num_classes', 0 if kind == 'backbone' else _num_classes(taken, family))
     meta = timm.create_model(architecture, device='meta', **model_args)
     if kind == 'backbone' and not family.reads_dense:
         raise WeightsError(f'{path}: has the entries of a backbone with four norms, which {architecture} is not.')

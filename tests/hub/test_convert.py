@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import released
+import resnet_records
 import safetensors.torch
 import timm
 import torch
@@ -117,6 +118,14 @@ def test_both_ghost_matrices_are_reported_as_split(tmp_path):
     assert_right(timm.create_model(f'local-dir:{folder}', pretrained=True), model)
 
 
+def test_authors_whose_classifier_has_another_name(tmp_path):
+    weights = resnet_records.keyed_state_dict('axial26s')
+    assert 'fc.weight' in weights
+    conversion = convert(_write(tmp_path / 'x', weights), 'axial_resnet26s')
+    assert conversion.model.num_classes == 1000
+    assert torch.equal(conversion.model.head.fc.bias, weights['fc.bias'].float())
+
+
 # other sources
 
 
@@ -174,6 +183,22 @@ def test_relatives_become_a_warm_start(tmp_path, architecture, relative, kwargs)
     assert_right(timm.create_model(f'local-dir:{folder}', pretrained=True), conversion.model)
     again = convert(path, architecture)  # the same file gives the same folder
     assert_right(again.model, conversion.model)
+
+
+def test_relatives_that_the_model_has_more_paths_than(tmp_path):
+    path = tmp_path / 'x.safetensors'
+    model = timm.create_model('test_lg', num_classes=7)
+    safetensors.torch.save_file(model.state_dict(), path)
+    conversion = convert(path, 'test_lg')
+    assert conversion.kind == 'weights' and conversion.model.num_classes == 7
+    assert_right(conversion.model, model)
+    other = SwinTransformer(
+        img_size=64, embed_dim=24, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), window_size=4, mlp_ratio=3.)
+    safetensors.torch.save_file(other.state_dict(), path)
+    conversion = convert(path, 'test_lg')
+    assert conversion.kind == 'warm-start' and 'are zero' in conversion.summary
+    reported = {target for _, targets, _ in conversion.report.rows for target in targets}
+    assert reported == set(conversion.model.state_dict())
 
 
 def test_averaged_weights_of_relatives(tmp_path):
