@@ -90,6 +90,23 @@ def test_neither_backend_device_nor_mode_matter():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+def test_what_only_training_does_is_not_counted():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 4, stride=4)
+            self.norm = nn.BatchNorm1d(8)  # in training it refuses a batch of one
+            self.fc, self.aux = nn.Linear(8, 5), nn.Linear(8, 7)
+
+        def forward(self, x):
+            x = self.norm(self.stem(x).mean((2, 3)))
+            return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+    model = Model().train()
+    assert count_macs(model, (3, 8, 8)) == 2 * 2 * 8 * 3 * 16 + 8 * 5
+    assert all(m.training for m in model.modules())
+
+
 def test_size_follows_the_model():
     model = create_model('test_elsa_volo', device='meta')
     model.set_input_size(img_size=(96, 64))

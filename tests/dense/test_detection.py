@@ -1,6 +1,7 @@
 """Detectors: any size, empty images, losses, targets that cannot be, the cascade."""
 import pytest
 import torch
+import torch.nn as nn
 from helpers import assert_near
 from torchvision.ops import roi_align
 
@@ -213,6 +214,31 @@ def test_heads_of_a_cascade_ask_for_more_and_start_where_the_last_ended(monkeypa
         # boxes of the truth are given by each head anew, and not handed on
         assert not (later[0][:, None] == target['boxes']).all(-1).any()
         assert 0 < len(later[0]) <= SMALL['box_batch_size_per_image']
+
+
+def test_a_cascade_does_not_hand_on_truths(monkeypatch):
+    model = _detector('cascade_mask_rcnn').train()
+    target, given, sampled = _target(), [], []
+    for stage in model.roi_heads.stages:
+        nn.init.zeros_(stage.box_predictor.bbox_pred.weight)  # nothing moves: a truth handed on would still be one
+        nn.init.zeros_(stage.box_predictor.bbox_pred.bias)
+        original = stage.select_training_samples
+
+        def keep(proposals, targets, original=original):
+            given.append(proposals[0])
+            result = original(proposals, targets)
+            sampled.append(result[0][0])
+            return result
+        monkeypatch.setattr(stage, 'select_training_samples', keep)
+    model([torch.rand(3, 48, 60)], [target])
+
+    def is_truth(boxes):
+        return ((boxes[:, None] - target['boxes']).abs().amax(-1) < .01).any(1)
+
+    assert [int(is_truth(boxes).sum()) for boxes in sampled] == [2, 2, 2]
+    for before, after in zip(sampled, given[1:]):
+        assert len(after) and not is_truth(after).any()
+        torch.testing.assert_close(after, before[~is_truth(before)], atol=1e-3, rtol=0.)
 
 
 def test_weights_of_a_cascade_are_one_for_each_head():

@@ -10,6 +10,7 @@ import copy
 import csv
 import math
 import pickle
+import pkgutil
 import subprocess
 import sys
 from collections import Counter
@@ -27,7 +28,7 @@ from timm.models._input import get_model_input_config
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import elsa_models
-from elsa_models.models import family_of
+from elsa_models.models import families, family_of
 
 # what no runtime but PyTorch's own runs well, or at all
 REFUSED_OPERATORS = {'Col2Im', 'If', 'Loop', 'Scan', 'ScatterND', 'ScatterElements'}
@@ -148,6 +149,15 @@ def test_importing_the_package_takes_nothing_from_timm():
         'assert not {m.rpartition(".")[2] for m in sys.modules if m.startswith("elsa_models.")} & set(modules)\n'
     )
     subprocess.run([sys.executable, '-c', 'import sys\n' + code], check=True)
+
+
+def test_every_file_of_models_is_a_family_whose_class_is_exported():
+    files = {m.name for m in pkgutil.iter_modules(elsa_models.models.__path__) if not m.name.startswith('_')}
+    own = [f for f in families() if f.module.startswith(elsa_models.__name__ + '.')]
+    assert {f.module.rpartition('.')[2] for f in own} == files
+    for family in own:
+        assert getattr(elsa_models.models, family.model_cls.__name__, None) is family.model_cls
+        assert family.model_names
 
 
 @every_model

@@ -23,7 +23,7 @@ from timm.models.volo import Transformer
 
 import elsa_models
 from elsa_models import ElsaBlock
-from elsa_models.models import ElsaVolo, TokenLabelOutput, _token_labels, token_label_loss
+from elsa_models.models import TokenLabelOutput, _token_labels, token_label_loss
 
 # millions of parameters, the K = 5 column of the table of variants
 PARAMS = {
@@ -717,10 +717,6 @@ def test_onnx_has_no_col2im(tmp_path):
     session = onnxruntime.InferenceSession(path)
     y, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
-
-
-def test_package_exports():
-    assert elsa_models.models.ElsaVolo is ElsaVolo and callable(elsa_models.models.warm_start)
 
 
 LARGE = [n for n in PARAMS if not n.endswith('224')]

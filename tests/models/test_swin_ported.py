@@ -659,22 +659,19 @@ def test_head_hidden_size(model_name):
         assert model.head_hidden_size == width
 
 
-def test_concat_pooling(model_name):
-    # either refused, when it is asked for, or of the width that the head then says
-    x = torch.randn(2, 3, 64, 64)
-    try:
-        model = _create(model_name, img_size=64, global_pool='catavgmax')
-    except AssertionError:
-        with pytest.raises(AssertionError):
-            _create(model_name, img_size=64).reset_classifier(5, 'catavgmax')
-        return
-    for _ in range(2):
-        with torch.no_grad():
-            pooled = model.forward_head(model.forward_features(x), pre_logits=True)
-            assert pooled.shape[1] == model.head_hidden_size
-            assert model(x).shape == (2, 5)
-        model = _create(model_name, img_size=64)
+@pytest.mark.parametrize('at_once', [True, False])
+def test_concat_pooling(model_name, at_once):
+    # the mean and the maximum of each channel, and a classifier of twice the width
+    model = _create(model_name, img_size=64, **(dict(global_pool='catavgmax') if at_once else {}))
+    if not at_once:
         model.reset_classifier(5, 'catavgmax')
+    width = model.num_features
+    assert model.head_hidden_size == model.get_classifier().in_features == 2 * width
+    with torch.no_grad():
+        features = model.forward_features(torch.randn(2, 3, 64, 64))
+        pooled = model.forward_head(features, pre_logits=True)
+        assert torch.equal(pooled, torch.cat([features.mean((1, 2)), features.amax((1, 2))], 1))
+        assert torch.equal(model.forward_head(features), model.get_classifier()(pooled))
 
 
 # the whole model

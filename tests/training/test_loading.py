@@ -56,6 +56,17 @@ def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
     assert other != expected and {i for i, *_ in other[0]} != {i for i, *_ in expected[0]}
 
 
+def test_each_seed_has_its_own_order_and_augmentation():
+    found = {seed: _epoch(TrainLoader(Numbers(26), 8, CPU_WORLD, seed), 0) for seed in (5, 6, 7)}
+    orders = [[[i for i, *_ in step] for step in steps] for steps in found.values()]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    numbers = [r for steps in found.values() for step in steps for _, r, *_ in step]
+    assert len(set(numbers)) == len(numbers) == 3 * 24
+    # no two numbers of seed, epoch and index stand for each other, as they would in their sum
+    drawn = [Samples(Numbers(3), seed)[epoch, index][1] for seed in (5, 6) for epoch in (0, 1) for index in range(3)]
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_workers_that_stay_follow_the_epochs():
     loader = TrainLoader(Numbers(10), 4, World(CPU), 0, workers=2)
     fresh = [_epoch(TrainLoader(Numbers(10), 4, World(CPU), 0), epoch) for epoch in range(3)]
@@ -113,6 +124,23 @@ def test_stream_goes_on_where_it_was():
     loader = TrainLoader(Stream(), 4, World(CPU), 0, accumulate=2)
     assert [[i for i, *_ in step] for step in _epoch(loader, 2)] == [[200, 201, 202, 203], [204, 205, 206, 207]]
     assert [[i for i, *_ in step] for step in _epoch(loader, 1, 1)] == [[104, 105, 106, 107]]
+
+
+class Drawn(Stream):
+    """A stream that draws at random, as augmentation does."""
+
+    def __iter__(self):
+        for _ in range(9):
+            yield int(torch.randint(2 ** 31, ())), (0., 0., 0.)
+
+
+def test_workers_draw_by_seed_and_epoch():
+    def draw(seed, epoch):
+        return next(TrainLoader(Drawn(), 2, CPU_WORLD, seed, workers=1).epoch(epoch))[0][0].tolist()
+
+    drawn = {(seed, epoch): draw(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    assert len({x for pair in drawn.values() for x in pair}) == 8
+    assert draw(1, 0) == drawn[1, 0]
 
 
 def test_stream_that_ends_early_is_an_error():
