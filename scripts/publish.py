@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Push a folder made by scripts/convert_checkpoint.py to a repository of a hub.
+"""Push a folder made by scripts/convert_checkpoint.py or scripts/train.py to a repository of a hub.
 
     python scripts/publish.py FOLDER OWNER/NAME --dry-run
     python scripts/publish.py FOLDER OWNER/NAME --private

@@ -10,15 +10,14 @@ import torch
 import torch.nn as nn
 
 from .._files import replace_folder
-from ..inspect import count_macs
 from ..models import Family, families, family_of, warm_start
 from ..models._checkpoint import WeightsError, fit_weights, read_checkpoint, unwrap
 from ..models._follow import follow
 from ..models._saving import save_folder
 from .cache import sha256_of
+from .card import UNKNOWN, model_card
 from .resolve import checkpoint_filter_of
 
-_UNKNOWN = 'unknown'  # licence
 KINDS = ('auto', 'weights', 'backbone', 'warm-start')
 FILES = ('README.md', 'config.json', 'model.safetensors')  # of a converted folder
 _BACKBONE = 'backbone.'  # prefix in checkpoints of detectors and segmenters
@@ -185,7 +184,7 @@ def convert(
         summary = (
             f'A start for training, and no trained model: {share:.0f} % of the parameters are those of a related model,'
             f' the others {"are zero or " if report.silenced else ""}have their initial values.')
-        return Conversion(model, kind, KeyReport(tuple(rows)), summary, _UNKNOWN)
+        return Conversion(model, kind, KeyReport(tuple(rows)), summary, UNKNOWN)
     names = {k: k for k in found}
     if kind == 'backbone':
         names = _take_backbone(found)
@@ -208,7 +207,7 @@ def convert(
     if hasattr(model, 'init_non_persistent_buffers'):
         model.init_non_persistent_buffers()
     model.load_state_dict(fitted)
-    license = timm.get_pretrained_cfg(architecture).license if family.is_authors(taken) else _UNKNOWN
+    license = timm.get_pretrained_cfg(architecture).license if family.is_authors(taken) else UNKNOWN
     return Conversion(model, kind, KeyReport(tuple(rows)), summary, license, _label_names(path, model.num_classes))
 
 
@@ -228,81 +227,6 @@ def _with_original_name(row: Row, names: Dict[str, str]) -> Row:
     if original == key or not targets:
         return original, targets, actions
     return original, targets, tuple(dict.fromkeys(['renamed', *(a for a in actions if a != 'same')]))
-
-
-_CARD = '''---
-library_name: timm
-pipeline_tag: {task}
-license: {license}
-tags:
-- {task}
-- timm
-- {family}
----
-```python
-import elsa_models  # from a clone of its repository: pip install . Without it timm does not know the model
-import timm
-
-model = timm.create_model('hf-hub:OWNER/{name}', pretrained=True)
-```
-
-# {name}
-
-{summary}
-
-| | |
-|---|---|
-| architecture | `{architecture}` |
-| parameters, counted | {num_params:,} ({millions:.2f} M) |
-| GMACs at {height} x {width}, counted | {gmacs:.2f} |
-| image | {channels} x {height} x {width}, mean {mean}, std {std}, {interpolation}, crop {crop_pct} |
-| classes | {classes} |
-| converted from | a file with sha256 `{source_sha256}` |
-| model.safetensors | sha256 `{sha256}` |
-
-No accuracy is stated: none was measured on this file.
-
-Paper: {paper}.
-Code: elsa_models{origin}. Licence: {license}.
-'''
-
-
-def _paper(cfg: Dict[str, Any]) -> str:
-    name, number = cfg['paper_name'], (cfg['paper_ids'] or '').removeprefix('arXiv:')
-    return f'[{name}](https://arxiv.org/abs/{number})' if number else str(name)
-
-
-def model_card(conversion: Conversion, name: str, license: str, source_sha256: str, sha256: str) -> str:
-    """The README.md of a folder: how to load it, counted sizes, paper and licence, and no accuracy."""
-    model = conversion.model
-    cfg = model.pretrained_cfg
-    channels, height, width = cfg['input_size']
-    num_params = sum(p.numel() for p in model.parameters())
-    of_authors = conversion.license != _UNKNOWN and cfg.get('origin_url')
-    origin = f'; the authors\' is at {cfg["origin_url"]}' if of_authors else ''
-    return _CARD.format(
-        task='image-classification' if model.num_classes else 'image-feature-extraction',
-        license=license,
-        name=name,
-        summary=conversion.summary,
-        architecture=cfg['architecture'],
-        family=family_of(model).name,
-        paper=_paper(cfg),
-        num_params=num_params,
-        millions=num_params / 1e6,
-        gmacs=count_macs(model) / 1e9,
-        channels=channels,
-        height=height,
-        width=width,
-        mean=tuple(cfg['mean']),
-        std=tuple(cfg['std']),
-        interpolation=cfg['interpolation'],
-        crop_pct=cfg['crop_pct'],
-        classes=model.num_classes or 'none, features only',
-        source_sha256=source_sha256,
-        sha256=sha256,
-        origin=origin,
-    )
 
 
 def save(
@@ -330,7 +254,7 @@ def save(
     model = conversion.model
     license = license or conversion.license
     model_config = dict(pretrained_cfg=dict(tag=tag, license=license))
-    if conversion.license == _UNKNOWN:
+    if conversion.license == UNKNOWN:
         model_config['pretrained_cfg']['origin_url'] = None  # that of the authors' weights
     if conversion.label_names is not None:
         model_config['label_names'] = conversion.label_names
@@ -339,15 +263,21 @@ def save(
     with replace_folder(folder, FILES) as temporary:
         save_folder(model, temporary, model_config)
         card = model_card(
-            conversion, name or folder.name, license, sha256_of(source),
-            sha256_of(temporary / 'model.safetensors'))
+            model,
+            name or folder.name,
+            conversion.summary,
+            license,
+            sha256_of(temporary / 'model.safetensors'),
+            source=f'converted from | a file with sha256 `{sha256_of(source)}`',
+            of_authors=conversion.license != UNKNOWN,
+        )
         (temporary / 'README.md').write_text(card, encoding='utf-8')
         check_folder(temporary)
     return folder
 
 
 def check_folder(folder: Union[str, Path]) -> Dict[str, Any]:
-    """Require that a folder is what `save` writes, and that its weights load by plain timm.
+    """Require that a folder is what `save` or a training writes, and that its weights load by plain timm.
 
     Returns:
         The content of config.json.
@@ -358,7 +288,8 @@ def check_folder(folder: Union[str, Path]) -> Dict[str, Any]:
     folder = Path(folder)
     for name in FILES:
         if not (folder / name).is_file() or (folder / name).is_symlink():
-            raise WeightsError(f'{folder}: has no file {name}. scripts/convert_checkpoint.py makes such folders.')
+            raise WeightsError(
+                f'{folder}: has no file {name}. scripts/convert_checkpoint.py and scripts/train.py make such folders.')
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         architecture = config['architecture']

@@ -27,13 +27,13 @@ def publish(
         dry_run: bool = False,
         token: Optional[str] = None,
 ) -> Published:
-    """Push a folder made by `elsa_models.hub.convert.save` to a hub repository, which is created if need be.
+    """Push a folder made by `convert.save` or by a training to a hub repository, which is created if need be.
 
     Nothing but its three files is sent, the card with the owner filled in, and afterwards the hub is asked for the
     digest of what it holds.
 
     Args:
-        folder: The folder, checked to load by plain timm first.
+        folder: The folder, or that of a run, whose `model` is taken; checked to load by plain timm first.
         repo_id: Owner and name.
         private: Make a new repository private; one that exists stays as it is.
         revision: Branch to push to, created if need be; the main one if None.
@@ -46,6 +46,8 @@ def publish(
         WeightsError: The folder is not fit to be published, or the hub refused it or holds something else.
     """
     folder = Path(folder)
+    if (folder / 'model' / 'config.json').is_file() and not (folder / 'config.json').exists():
+        folder = folder / 'model'
     owner, _, name = repo_id.partition('/')
     if not owner or not name or '/' in name:
         raise ValueError(f'repo_id: got {repo_id!r}, must be OWNER/NAME.')
@@ -57,7 +59,7 @@ def publish(
     digest = digests['model.safetensors']
     if digest not in card:
         raise WeightsError(
-            f'{folder / "README.md"}: does not give the sha256 of model.safetensors, {digest}. Convert it again.')
+            f'{folder / "README.md"}: does not give the sha256 of model.safetensors, {digest}. Write it again.')
     files = [f'{name} {len(data)} {digests[name]}' for name, data in contents.items()]
     api = HfApi(token=token, library_name='elsa_models')
     url = f'{api.endpoint}/{repo_id}'

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import elsa_models  # noqa: F401
+from elsa_models.hub.publish import publish
 from elsa_models.training import (
     ClassificationJob,
     DivergedError,
@@ -56,7 +57,7 @@ def full(tmp_path_factory):
 
 def test_writes_everything(full):
     pictures = ['curves.png', 'confusion.png', 'predictions.png', 'attention.png']
-    names = ['model', 'model.onnx', *pictures, 'classes.csv', 'log.csv', 'recipe.yaml']
+    names = ['model', 'model.onnx', 'labels.json', *pictures, 'classes.csv', 'log.csv', 'recipe.yaml']
     assert sorted(f.name for f in full.files) == sorted(names)
     assert sorted(p.name for p in full.folder.iterdir()) == sorted([*names, 'checkpoints'])
     assert full.folder.name == 'digits' and full.metrics['val_images'] == 20
@@ -64,6 +65,17 @@ def test_writes_everything(full):
     for name in pictures:
         with Image.open(full.folder / name) as image:
             assert min(image.size) > 400 and len(image.convert('RGB').getcolors(1 << 24)) > 50
+
+
+def test_a_run_can_be_published_and_shown_on_a_page(full):
+    names = json.loads((full.folder / 'model' / 'config.json').read_text())['label_names']
+    assert json.loads((full.folder / 'labels.json').read_text()) == names == [str(i) for i in range(10)]
+    card = (full.folder / 'model' / 'README.md').read_text()
+    assert f'{full.metrics["val_top1"]:.2f} % top-1' in card and '20 held-out images' in card
+    assert str(full.folder.parent) not in card and 'Licence: unknown' in card
+    for folder in (full.folder, full.folder / 'model'):
+        published = publish(folder, 'me/digits', dry_run=True)
+        assert [line.split()[0] for line in published.files] == ['README.md', 'config.json', 'model.safetensors']
 
 
 def test_log_has_a_row_for_each_epoch(full):

@@ -1,4 +1,5 @@
 """Classifiers: data, loss and evaluation of image classification."""
+import json
 import logging
 import math
 from functools import partial
@@ -16,8 +17,11 @@ from timm.task import ClassificationTask
 from timm.task.task import TrainingTask
 from torch.utils.data import Dataset
 
+from ..._files import write_atomically
 from ..._images import denormalise, normalise
 from ...export import export_onnx
+from ...hub.cache import sha256_of
+from ...hub.card import UNKNOWN, model_card
 from ...inference import figures
 from ...inference.classifier import color_mode, create_eval_transform, normalised, resolve_images
 from ...inspect import has_local_attention
@@ -36,8 +40,9 @@ from ..world import World
 
 _logger = logging.getLogger(__name__)
 
-MODEL, ONNX, CURVES, CONFUSION, CLASSES, PREDICTIONS, ATTENTION = (
-    'model', 'model.onnx', 'curves.png', 'confusion.png', 'classes.csv', 'predictions.png', 'attention.png')
+MODEL, ONNX, LABELS, CURVES, CONFUSION, CLASSES, PREDICTIONS, ATTENTION = (
+    'model', 'model.onnx', 'labels.json', 'curves.png', 'confusion.png', 'classes.csv', 'predictions.png',
+    'attention.png')
 
 
 class ClassificationJob(Job):
@@ -45,7 +50,7 @@ class ClassificationJob(Job):
     metric = 'top1'
     in_percent = ('top',)
     recipe_kind = Recipe
-    outputs = (MODEL, ONNX, CURVES, CONFUSION, CLASSES, PREDICTIONS, ATTENTION)
+    outputs = (MODEL, ONNX, LABELS, CURVES, CONFUSION, CLASSES, PREDICTIONS, ATTENTION)
 
     @classmethod
     def requirements(cls, recipe: Recipe) -> List[Tuple[str, str]]:
@@ -211,6 +216,8 @@ class ClassificationJob(Job):
         class_names = self.splits.class_names
         save_model(model, folder / MODEL, class_names, self.data_config, keeps_licence(self.recipe))
         _logger.info('saved the model; loaded it again, logits are equal')
+        write_atomically(self._card(model, folder / MODEL, history), folder / MODEL / 'README.md')
+        write_atomically(json.dumps(list(class_names), ensure_ascii=False), folder / LABELS)  # for docs/web/index.html
         if self.recipe.onnx:
             export_onnx(model, folder / ONNX)
             _logger.info('exported the model to ONNX; ONNX Runtime agrees with it')
@@ -232,6 +239,29 @@ class ClassificationJob(Job):
             if has_local_attention(model):
                 draw('attention', figures.draw_attention, model, self._load, self.data_config, found, class_names,
                      folder / ATTENTION)
+
+
+    def _card(self, model: nn.Module, folder: Path, history: List[Dict[str, float]]) -> str:
+        """The model card, with the accuracy of the best epoch."""
+        recipe, key = self.recipe, f'val_{self.metric}'
+        best = max(reversed(history), key=lambda row: row[key])  # the last of equals, as in training
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        start = 'random weights'
+        if recipe.pretrained or recipe.checkpoint is not None or find_model(recipe.model).path is not None:
+            start = 'trained weights'
+        elif recipe.warm_start is not None:
+            start = 'the weights of a related model'
+        return model_card(
+            model,
+            recipe.run_name,
+            f'Trained with elsa_models on {self.train_loader.num_images} images, from {start}.',
+            config['pretrained_cfg'].get('license') or UNKNOWN,
+            sha256_of(folder / 'model.safetensors'),
+            source=f'epochs | {best["epoch"]:.0f} of {len(history)}, the best on the held-out images',
+            accuracy=f'Accuracy on {len(self.splits.val)} held-out images, by which the epoch was chosen:'
+                     f' {best[key]:.2f} % top-1.',
+            data_config=self.data_config,
+        )
 
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
