@@ -5,7 +5,9 @@ chain of remainders through the stages takes minutes to simplify.
 """
 import torch
 import torch.nn.functional as F
-from timm.layers import is_exporting, resample_abs_pos_embed_nhwc
+from timm.layers import resample_abs_pos_embed_nhwc
+
+from ..ops._graphs import is_exporting
 
 
 def sizes_are_open() -> bool:

@@ -3,6 +3,7 @@
 Names of parameters and everything after construction (features, pruning, classifier, checkpointing) are ByobNet's.
 What ByobNet does not do is done here: maps of odd sizes, sizes that follow the images, mixers of maps (B, H, W, C).
 """
+import re
 from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -18,8 +19,8 @@ from timm.layers import (
 from timm.models._input import update_model_input_size
 from timm.models.byobnet import BottleneckBlock, ByobNet, LayerFn, Stem
 
-from ..layers.arguments import pair, whole_number
-from ..layers.sizes import sizes_are_known, sizes_are_open
+from ..layers.arguments import check_images, pair, whole_number
+from ..layers.sizes import sizes_are_open
 from ._checkpoint import WeightsError
 
 _MIN_SIZE = 32  # in pixels: one of the last stage
@@ -35,8 +36,7 @@ def check_image_size(x: torch.Tensor) -> None:
     Raises:
         ValueError: They are smaller, or there are more or fewer dimensions.
     """
-    if sizes_are_known() and x.dim() != 4:
-        raise ValueError(f'x: got shape {list(x.shape)}, must be images (B, C, H, W).')
+    check_images(x)
     if not sizes_are_open() and (x.shape[2] < 32 or x.shape[3] < 32):  # no globals in TorchScript
         raise ValueError(f'x: got images of {x.shape[2]} x {x.shape[3]} pixels, must be at least 32 x 32.')
 
@@ -48,6 +48,20 @@ def count_batches(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict
     """Add the batches that norms have counted, none, to a state dict that leaves them out."""
     counts = {k: torch.zeros((), dtype=torch.long) for k in model.state_dict() if k.endswith('.num_batches_tracked')}
     return {**counts, **state_dict}
+
+
+def join_qkv(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Join query, key and value of a state dict that has them by themselves, as linears or as 1x1 convolutions."""
+    out = {}
+    for key, x in state_dict.items():
+        match = re.fullmatch(r'(.*\.self_attn\.)([qkv])\.weight', key)
+        if match is None:
+            out[key] = x
+        elif match.group(2) == 'q':
+            parts = [state_dict.get(f'{match.group(1)}{name}.weight') for name in 'qkv']
+            if all(part is not None for part in parts):
+                out[f'{match.group(1)}qkv.weight'] = torch.cat(parts).flatten(1)
+    return out
 
 
 def check_table(name: str, table: torch.Tensor, num_distances: int) -> None:

@@ -3,7 +3,6 @@
 A PyTorch impl of `Global Self-Attention Networks for Image Recognition` - https://arxiv.org/abs/2010.03019: ResNets
 whose 3x3 convolutions are global self-attention in linear time. Written from the paper. No weights were ever released.
 """
-import re
 from functools import partial
 from typing import Any, Dict, Tuple, Union
 
@@ -15,7 +14,7 @@ from timm.models import generate_default_cfgs, register_model
 from ..layers.mixers.gsa import GlobalSelfAttention, fit_positions
 from ._checkpoint import build_model, check_keys, unwrap
 from ._family import Family, register_family
-from ._resnet import MixerResNet, check_table, count_batches
+from ._resnet import MixerResNet, check_table, count_batches, join_qkv
 
 __all__ = ['GsaResNet']  # model_registry will add each entrypoint fn to this
 
@@ -83,20 +82,6 @@ class GsaResNet(MixerResNet):
         )
 
 
-def to_own_names(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """A state dict of ours, or one with query, key and value by themselves, linears or 1x1 convolutions."""
-    out = {}
-    for key, x in state_dict.items():
-        match = re.fullmatch(r'(.*\.self_attn\.)([qkv])\.weight', key)
-        if match is None:
-            out[key] = x
-        elif match.group(2) == 'q':
-            parts = [state_dict.get(f'{match.group(1)}{name}.weight') for name in 'qkv']
-            if all(part is not None for part in parts):
-                out[f'{match.group(1)}qkv.weight'] = torch.cat(parts).flatten(1)
-    return out
-
-
 def fit_tables(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Fit the tables of positions in a checkpoint, by distance, to those of the model's `GlobalSelfAttention`.
 
@@ -128,7 +113,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         WeightsError: Entries are missing or unknown, or a table is no table of distances.
     """
-    out = count_batches(to_own_names(unwrap(state_dict)), model)
+    out = count_batches(join_qkv(unwrap(state_dict)), model)
     check_keys(out, model, optional='head.fc.')
     return fit_tables(out, model)
 
@@ -193,7 +178,7 @@ register_family(Family(
     module=__name__,
     model_cls=GsaResNet,
     filter_fn=checkpoint_filter_fn,
-    to_own_names=to_own_names,
+    to_own_names=join_qkv,
     marks=('rel_col', 'rel_row'),
     first_conv='stem.conv1.conv',
 ))

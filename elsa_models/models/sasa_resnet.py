@@ -3,7 +3,6 @@
 A PyTorch impl of `Stand-Alone Self-Attention in Vision Models` - https://arxiv.org/abs/1906.05909: ResNets whose 3x3
 convolutions are local self-attention. Written from the paper. No code or weights were ever released.
 """
-import re
 from typing import Any, Dict, Tuple, Union
 
 import torch
@@ -18,7 +17,7 @@ from ..layers.mixers.sasa import StandAloneSelfAttention
 from ..layers.sizes import pad_map
 from ._checkpoint import build_model, check_keys, unwrap
 from ._family import Family, register_family
-from ._resnet import MixerResNet, check_image_size, count_batches
+from ._resnet import MixerResNet, check_image_size, count_batches, join_qkv
 
 __all__ = ['SasaResNet']  # model_registry will add each entrypoint fn to this
 
@@ -199,20 +198,6 @@ class SasaResNet(MixerResNet):
             self.stem.reset_parameters()
 
 
-def to_own_names(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """A state dict of ours, or one with query, key and value by themselves, linears or 1x1 convolutions."""
-    out = {}
-    for key, x in state_dict.items():
-        match = re.fullmatch(r'(.*\.self_attn\.)([qkv])\.weight', key)
-        if match is None:
-            out[key] = x
-        elif match.group(2) == 'q':
-            parts = [state_dict.get(f'{match.group(1)}{name}.weight') for name in 'qkv']
-            if all(part is not None for part in parts):
-                out[f'{match.group(1)}qkv.weight'] = torch.cat(parts).flatten(1)
-    return out
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Fit a checkpoint to the model. Nothing is resampled: no weight depends on the size of images.
 
@@ -226,7 +211,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         WeightsError: Entries are missing or unknown.
     """
-    out = count_batches(to_own_names(unwrap(state_dict)), model)
+    out = count_batches(join_qkv(unwrap(state_dict)), model)
     check_keys(out, model, optional='head.fc.')
     return out
 
@@ -284,7 +269,7 @@ register_family(Family(
     module=__name__,
     model_cls=SasaResNet,
     filter_fn=checkpoint_filter_fn,
-    to_own_names=to_own_names,
+    to_own_names=join_qkv,
     marks=('rel_col', 'rel_row'),
     first_conv='stem.conv1.conv',
     top1=dict(sasa_resnet26=75.8, sasa_resnet38=77.1, sasa_resnet50=77.4),

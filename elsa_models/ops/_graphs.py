@@ -1,12 +1,18 @@
-"""Where an operator must be made of core operators, and how it stands for itself under `torch.vmap`."""
+"""When a graph leaves PyTorch, and how operators stand for themselves in one and under `torch.vmap`."""
 from typing import Any, List, Sequence, Tuple, Union
 
 import torch
 from torch.autograd import forward_ad
 
 
-# torch.compile asks while it traces, where the transforms that it sees are in force, and guards them. It must not
-# trace the question itself: PyTorch 2.7 to 2.11 take `is_exporting` for true in every graph.
+# torch.compile must ask and not trace the question: PyTorch 2.7 to 2.11 take `is_exporting` for true in every graph.
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.export makes a graph, by itself or for ONNX. Like timm's, but false in torch.compile."""
+    return torch.compiler.is_exporting()
+
+
+# asked while torch.compile traces, as above: the transforms that it sees are in force then, and guarded
 @torch.compiler.assume_constant_result
 def wants_core_operators() -> bool:
     """Whether a graph is made that leaves PyTorch, or a transform is at work that an opaque operator would not obey.

@@ -87,3 +87,15 @@ def test_positions_are_resampled_alike_in_exports(monkeypatch, size):
     expected = resample_positions(positions, *size)
     monkeypatch.setattr(sizes, 'is_exporting', lambda: True)
     assert_near(resample_positions(positions, *size), expected, 1e-5)
+
+
+def test_positions_are_resampled_in_compiled_graphs_as_in_eager_mode(fresh_compiler):
+    # PyTorch 2.7 to 2.11 fold `is_exporting` to true wherever torch.compile sees it
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(resample_positions, backend=keep, fullgraph=True)(torch.randn(1, 6, 5, 4), 7, 8)
+    assert 'interpolate' in str(graphs[0].graph)
