@@ -13,6 +13,7 @@ from .._files import replace_folder
 from ..models import Family, families, family_of, warm_start
 from ..models._checkpoint import WeightsError, fit_weights, read_checkpoint, unwrap
 from ..models._follow import follow
+from ..models._naming import near_names
 from ..models._saving import save_folder
 from .cache import sha256_of
 from .card import UNKNOWN, model_card
@@ -164,7 +165,7 @@ def convert(
     family = family_of(architecture)
     if family is None:
         known = ', '.join(name for f in families() for name in f.model_names)
-        raise ValueError(f'architecture: got {architecture!r}, must be one of {known}.')
+        raise ValueError(f'architecture: got {architecture!r}, must be one of {known}.{near_names(architecture)}')
     found = unwrap(read_checkpoint(path, use_ema))
     if kind == 'auto':
         kind = _guess_kind(found, family, architecture, model_args)

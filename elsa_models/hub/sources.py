@@ -17,7 +17,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 
 from .._extras import how_to_install
 from .._version import __version__
-from ..models._checkpoint import WEIGHT_FILES, WeightsError
+from ..models._checkpoint import WEIGHT_FILES, WeightsError, quiet_retries
 from .cache import sha256_of
 
 _TIMEOUT = 30.  # seconds without a byte, of downloads from Google Drive and the web
@@ -117,14 +117,15 @@ def download_from_hub(
     for name in names:
         for is_last_try in (False, True):
             try:
-                path = Path(hf_hub_download(
-                    repo_id,
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    library_name='elsa_models',
-                    library_version=__version__,
-                ))
+                with quiet_retries():
+                    path = Path(hf_hub_download(
+                        repo_id,
+                        name,
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        library_name='elsa_models',
+                        library_version=__version__,
+                    ))
             except Exception as e:  # of httpx2, of huggingface_hub, of the operating system
                 is_absent = isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError)
                 if is_absent and name != names[-1]:

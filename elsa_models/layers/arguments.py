@@ -70,11 +70,25 @@ def check_map(x: torch.Tensor, dim: int) -> None:
         raise ValueError(f'x: got shape {list(x.shape)}, must be a map (B, H, W, {dim}).')
 
 
-def check_images(x: torch.Tensor) -> None:
-    """Require images (B, C, H, W).
+def check_images(x: torch.Tensor, channels: int) -> None:
+    """Require images (B, channels, H, W) of a floating-point type.
 
     Raises:
-        ValueError: There are more or fewer dimensions.
+        ValueError: There are more or fewer dimensions or channels, channels come last, or these are whole numbers.
     """
-    if sizes_are_known() and x.dim() != 4:
-        raise ValueError(f'x: got shape {list(x.shape)}, must be images (B, C, H, W).')
+    if sizes_are_known():
+        if x.dim() != 4 or x.shape[1] != channels:
+            hint = ''
+            if x.dim() == 4 and x.shape[3] == channels:
+                hint = ' Channels come last there; x.permute(0, 3, 1, 2) puts them first.'
+            elif x.dim() == 3 and x.shape[2] == channels:
+                hint = ' Channels come last there; x.permute(2, 0, 1)[None] puts them first, in a batch of one.'
+            elif x.dim() == 3 and x.shape[0] == channels:
+                hint = ' x[None] is a batch of one.'
+            elif x.dim() == 4:
+                hint = ' Models for other images are made by in_chans=.'
+            raise ValueError(f'x: got shape {list(x.shape)}, must be images (B, {channels}, H, W).{hint}')
+        if not x.is_floating_point():
+            raise ValueError(
+                'x: got whole numbers, must be images of a floating-point type. Bytes are divided by 255 and normalised'
+                ' first, as timm.data.create_transform does.')

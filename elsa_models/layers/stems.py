@@ -52,7 +52,7 @@ class PaddedPatchEmbed(PatchEmbed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_chans, H, W) to (B, ceil(H / patch), ceil(W / patch), embed_dim)."""
-        check_images(x)
+        check_images(x, self.proj.in_channels)
         B, C, H, W = x.shape
         if self.img_size is not None and self.strict_img_size:
             check_size(H, W, self.img_size[0], self.img_size[1])
@@ -117,6 +117,7 @@ class PaddedConvStem(volo.PatchEmbed):
             embed_dim=embed_dim,
             **dd,
         )
+        self.in_chans = in_chans
         self.strict_img_size = strict_img_size
         self.token_stride = token_stride
         self._set_size(img_size, patch_size)
@@ -162,7 +163,7 @@ class PaddedConvStem(volo.PatchEmbed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_chans, H, W) to (B, ceil(H / patch_size), ceil(W / patch_size), embed_dim)."""
-        check_images(x)
+        check_images(x, self.in_chans)
         B, C, H, W = x.shape
         if self.strict_img_size:
             check_size(H, W, self.img_size[0], self.img_size[1])

@@ -1,5 +1,6 @@
 """Reading checkpoint files, and building a model around one."""
 import dataclasses
+import logging
 import math
 import pickle
 from collections import Counter
@@ -23,6 +24,7 @@ _MAX_CONFIG_INT = 16384  # no size of a model is larger, and what a config.json 
 _MAX_CONFIG_DEPTH = 1024  # blocks of a model, all stages together
 _DEPTHS = ('depth', 'depths', 'layers', 'num_class_blocks')  # arguments that are numbers of blocks
 _SNIFFED = 512  # bytes
+_RETRY_NOISE = ('thrown while requesting', 'Retrying in')
 _MAX_NAMES = 12  # listed in one message
 _MAX_CHARS = 100
 _WINDOW_TABLES = tuple([f'.relative_{what}_table' for what in ('position_bias', 'key', 'query')])  # by offset
@@ -55,6 +57,20 @@ def set_weights_finder(finder: WeightsFinder, explain: Callable[[BaseException],
 def explain_download(error: BaseException) -> WeightsError:
     """What went wrong in a download and what helps, in one line."""
     return WeightsError(f'{type(error).__name__}: {error}') if _explain is None else _explain(error)
+
+
+@contextmanager
+def quiet_retries() -> Iterator[None]:
+    """Keep huggingface_hub from telling of each attempt without a network; the last one raises what all of them say."""
+    def is_news(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in _RETRY_NOISE)
+
+    logger = logging.getLogger('huggingface_hub.utils._http')
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:

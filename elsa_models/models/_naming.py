@@ -6,7 +6,8 @@ from typing import Any, Dict, NamedTuple, Optional, Union
 import timm
 import torch.nn as nn
 
-from ._checkpoint import WeightsError, read_checkpoint
+from ._checkpoint import WeightsError, quiet_retries, read_checkpoint
+from ._family import families
 
 _CONFIG, _RECIPE, _CHECKPOINTS = 'config.json', 'recipe.yaml', 'checkpoints'
 HELP = 'name of timm, hf-hub:OWNER/NAME, local-dir:FOLDER, or the path of a run, a saved folder or a checkpoint'
@@ -48,10 +49,22 @@ def find_model(name: Union[str, Path]) -> ModelSource:
         return _in_folder(path)
     if path.is_file():
         return _in_file(path)
-    if '/' in text or path.suffix or ':' in text:
+    if '/' in text or ':' in text:
         raise ModelError(f'model: got {text!r}, no such file or folder.')
-    near = difflib.get_close_matches(text, timm.list_models(), n=4, cutoff=0.5)
-    raise ModelError(f'model: got {text!r}, must be a {HELP}.' + (f' Near are {", ".join(near)}.' if near else ''))
+    near = near_names(text)
+    if path.suffix and not near:
+        raise ModelError(f'model: got {text!r}, no such file or folder.')
+    raise ModelError(f'model: got {text!r}, must be a {HELP}.{near}')
+
+
+def near_names(text: str) -> str:
+    """A sentence with the names of models that are like a word, with a blank before it; empty if none are."""
+    name, models = text.partition('.')[0], timm.list_models()
+    own = [n for family in families() for n in family.model_names]
+    # our own first: among timm's thousand, something is like any word
+    near = difflib.get_close_matches(name, own, n=4, cutoff=0.7)
+    near += [n for n in difflib.get_close_matches(name, models, n=4, cutoff=0.7) if n not in near]
+    return f' Near are {", ".join(near[:4])}.' if near else ''
 
 
 def _in_folder(path: Path) -> ModelSource:
@@ -120,13 +133,14 @@ def create_named(
         if num_classes is not None and (keep_classifier or checkpoint is None):
             overlay.update(num_classes=num_classes)  # those of the file, or timm leaves its classifier out
     try:
-        return timm.create_model(
-            source.name,
-            pretrained=pretrained or overlay is not None or source.path is not None,
-            pretrained_cfg_overlay=overlay,
-            num_classes=num_classes,
-            **model_args,
-        )
+        with quiet_retries():
+            return timm.create_model(
+                source.name,
+                pretrained=pretrained or overlay is not None or source.path is not None,
+                pretrained_cfg_overlay=overlay,
+                num_classes=num_classes,
+                **model_args,
+            )
     except WeightsError:
         raise
     except (TypeError, ValueError, RuntimeError, FileNotFoundError, AttributeError, KeyError) as e:

@@ -30,13 +30,13 @@ _STAGE_STRIDES = (1, 2, 2, 2)
 MixerFactory = Callable[..., nn.Module]
 
 
-def check_image_size(x: torch.Tensor) -> None:
-    """Require images (B, C, H, W) of at least 32 pixels in height and width.
+def check_image_size(x: torch.Tensor, channels: int) -> None:
+    """Require images (B, channels, H, W) of at least 32 pixels in height and width.
 
     Raises:
-        ValueError: They are smaller, or there are more or fewer dimensions.
+        ValueError: They are smaller, or no such images, see `check_images`.
     """
-    check_images(x)
+    check_images(x, channels)
     if not sizes_are_open() and (x.shape[2] < 32 or x.shape[3] < 32):  # no globals in TorchScript
         raise ValueError(f'x: got images of {x.shape[2]} x {x.shape[3]} pixels, must be at least 32 x 32.')
 
@@ -85,7 +85,7 @@ class StemConv(ConvNormAct):
         Raises:
             ValueError: Images are smaller than 32 pixels.
         """
-        check_image_size(x)
+        check_image_size(x, self.conv.in_channels)
         x = self.conv(x)
         x = self.bn(x)
         return x

@@ -9,8 +9,9 @@ import torch
 import torch.nn as nn
 from timm.models import adapt_input_conv
 
-from ._checkpoint import WeightsError, explain_download, fit_positions, read_checkpoint, unwrap
+from ._checkpoint import WeightsError, explain_download, fit_positions, quiet_retries, read_checkpoint, unwrap
 from ._family import family_of
+from ._naming import near_names
 
 _HUB_SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 _FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar', '.ckpt')
@@ -99,7 +100,8 @@ def _read_source(source: Union[str, Path, nn.Module], use_ema: bool) -> Tuple[st
     if isinstance(source, str):
         if name.startswith(_HUB_SCHEMES) or timm.is_model(name.partition('.')[0]):
             try:
-                with torch.random.fork_rng(devices=[]):  # what the source's constructor draws is nobody's business
+                # what the source's constructor draws is nobody's business
+                with torch.random.fork_rng(devices=[]), quiet_retries():
                     return name, timm.create_model(name, pretrained=True).state_dict()
             except WeightsError:
                 raise
@@ -109,7 +111,7 @@ def _read_source(source: Union[str, Path, nn.Module], use_ema: bool) -> Tuple[st
             raise ValueError(
                 f'source: got {name!r}, which is neither a file nor a model of timm. Must be a timm model name such as '
                 f'\'volo_d1_224.sail_in1k\', \'hf-hub:owner/model\', \'local-dir:folder\', the path of a checkpoint or '
-                f'a module.')
+                f'a module.{near_names(name)}')
     return name, read_checkpoint(source, use_ema)
 
 

@@ -64,6 +64,7 @@ class AttentionStem(nn.Module):
         embed_dim = whole_number('stem_embed_dim', embed_dim)
         if dim % num_heads != 0:
             raise ValueError(f'stem_heads: got {num_heads}, must be a divisor of stem_width, which is {dim}.')
+        self.in_chans = in_chans
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.empty(dim, in_chans, **dd))
         self.key = nn.Parameter(torch.empty(dim, in_chans, **dd))
@@ -89,7 +90,7 @@ class AttentionStem(nn.Module):
         Raises:
             ValueError: Images are smaller than 32 pixels.
         """
-        check_image_size(x)
+        check_image_size(x, self.in_chans)
         B, C, H, W = x.shape
         G = self.num_heads
         n_h, n_w = (H + 3) // 4, (W + 3) // 4

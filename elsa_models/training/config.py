@@ -33,7 +33,7 @@ def weights_error(error: Exception, pretrained: bool, checkpoint: Optional[str])
     if not pretrained:
         return RecipeError(f'model: {error}')
     return RecipeError(
-        f'pretrained: {error}\nOr, of the options: --checkpoint FILE for weights in a file, --no-pretrained for none.')
+        f'pretrained: cannot be had. --checkpoint FILE takes weights in a file, --no-pretrained none.\n{error}')
 
 
 def value(

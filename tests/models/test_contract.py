@@ -355,6 +355,22 @@ def test_channels(name):
     assert stem.weight.shape[1] == 1
 
 
+@every_model
+def test_what_are_no_images(name):
+    model = make(name, num_classes=5)
+    x = images(name)
+    H, W = x.shape[2:]
+    for wrong, words in (
+            (x[:, :1], rf'^x: got shape \[2, 1, {H}, {W}\], must be images \(B, 3, H, W\)\. .*in_chans='),
+            (x.permute(0, 2, 3, 1), r'must be images \(B, 3, H, W\)\. .*x\.permute\(0, 3, 1, 2\)'),
+            (x[0].permute(1, 2, 0), r'must be images \(B, 3, H, W\)\. .*x\.permute\(2, 0, 1\)\[None\]'),
+            (x[0], r'must be images \(B, 3, H, W\)\. x\[None\]'),
+            (x.byte(), '^x: got whole numbers, must be images of a floating-point type'),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model(wrong)
+
+
 # training
 
 

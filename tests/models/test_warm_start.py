@@ -282,6 +282,7 @@ def test_sources_with_nothing_in_common_are_refused(model, source, message):
 
 @pytest.mark.parametrize('source,error,message', [
     ('no_such_model', ValueError, r"source: got 'no_such_model', which is neither a file nor a model of timm"),
+    ('volo_d1_244', ValueError, r'Near are .*volo_d1_224'),
     ('no/such/file.pth', FileNotFoundError, 'no such file'),
     ('elsa_volo_d2_224', RuntimeError, 'none were ever released'),
     (3, TypeError, 'source: got int'),

@@ -75,7 +75,8 @@ def test_one_way_to_name_a_model(tmp_path, trained, name, capsys):
 
 
 @pytest.mark.parametrize('model, message', [
-    ('test_elsa_swim', 'Near are test_elsa_swin'), ('no/such', "got 'no/such', no such file or folder"),
+    ('test_elsa_swim', 'Near are test_elsa_swin'), ('elsa_swin_tinny.damo_in1k', 'Near are elsa_swin_tiny'),
+    ('no/such', "got 'no/such', no such file or folder"),
     ('.', 'holds no config.json'), (__file__, 'nothing says what model it is of'),
 ])
 def test_model_that_is_none(model, message, tmp_path, capsys, monkeypatch):

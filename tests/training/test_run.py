@@ -370,7 +370,7 @@ def test_folder_of_the_data_is_not_overwritten(tmp_path, image_folder):
     (dict(model_args={'kernal_size': 3}), 'kernal_size'),
     (dict(model_args={'kernel_size': 4}), 'kernel_size: got 4'),
     (dict(model_args={'num_classes': 4}), "'num_classes' is not to be given"),
-    (dict(pretrained=True), r'^pretrained: .*no weights are known(?s:.*)--checkpoint FILE.*--no-pretrained'),
+    (dict(pretrained=True), r'^pretrained: .*--checkpoint FILE.*--no-pretrained(?s:.*)no weights are known'),
     (dict(checkpoint=__file__), r"^checkpoint: '.*test_run\.py' cannot be used\. "),
     (dict(checkpoint='absent.pth'), r'absent\.pth'),
     (dict(opt='addam'), 'addam'),
