@@ -150,7 +150,9 @@ def test_set_input_size():
     want, table = layer(x), layer.rel_col
     layer.set_input_size((5, 2))
     assert layer.rel_col is table
+    layer.rel_col.requires_grad_(False)
     layer.set_input_size((7, 2))
+    assert not layer.rel_col.requires_grad and layer.rel_row.requires_grad
     assert layer.rel_col.shape == (13, 4)
     assert_near(layer(x), want, 1e-12)
 
@@ -189,6 +191,16 @@ def test_sums_that_half_precision_cannot_hold(autocast):
         y = layer.half()(x.half())
     assert y.isfinite().all()
     assert_near(y.float(), want, .05)
+
+
+def test_sums_are_computed_as_they_come_under_autocast():
+    q, k, v = torch.randn(3, 1, 5, 6, 8)
+    rel = torch.randn(11, 4)
+    want = gsa.attend_content(q, k, v, 2), gsa.attend_rows(q, v, rel, 2)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = gsa.attend_content(q, k, v, 2), gsa.attend_rows(q, v, rel, 2)
+    for a, b in zip(found, want):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 @pytest.mark.parametrize('kwargs', [

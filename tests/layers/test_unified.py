@@ -8,6 +8,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 
 from elsa_models.layers import StandAloneSelfAttention, UnifiedNeighbourhoodAttention, UnifiedWindowAttention
 from elsa_models.layers.mixers.unified import NORMALISATIONS, TERMS
+from elsa_models.ops import local_attention
 
 SUBSETS = [(t,) for t in TERMS] + [('qk', 'r'), ('qr', 'rk'), TERMS]
 
@@ -174,3 +175,18 @@ def test_windows_are_resized():
     assert m.relative_key_table.shape == m.relative_query_table.shape == (49, 8)
     assert m.relative_position_bias_table.shape == (49, 2)
     assert m(torch.randn(1, 8, 8, 8)).shape == (1, 8, 8, 8)
+
+
+def test_attention_maps_are_what_weighs_the_values():
+    x = torch.randn(1, 6, 9, 8, dtype=torch.float64)
+    m = UnifiedNeighbourhoodAttention(8, 2, 3, TERMS, border='mask', dtype=torch.float64)
+    y = local_attention(m.v(x), m.attention_map(x), 3, apply_softmax=False)
+    torch.testing.assert_close(m.proj(y), m(x), rtol=1e-12, atol=1e-12)
+    m = UnifiedWindowAttention(8, 2, (6, 9), 3, terms=TERMS, dtype=torch.float64)
+
+    def cut(x):
+        return x.unflatten(2, (3, 3)).unflatten(1, (2, 3)).transpose(2, 3)  # B, rows, columns, 3, 3, ...
+
+    weights, v = cut(m.attention_map(x)).flatten(3, 4), cut(m.v(x).unflatten(-1, (2, 4))).flatten(3, 4)
+    y = torch.einsum('brcqgk,brckgd->brcqgd', weights, v).flatten(4)  # B, rows, columns, pixels, dim
+    torch.testing.assert_close(m.proj(y), cut(m(x)).flatten(3, 4), rtol=1e-12, atol=1e-12)
