@@ -14,8 +14,8 @@ def rewrite_for_runtimes(model: nn.Module) -> nn.Module:
     that do not change are the model's own, where timm's `reparameterize_model` copies all.
     """
     shared = {id(x): x for x in itertools.chain(model.parameters(), model.buffers())}
-    model = copy.deepcopy(model, shared).eval()
+    model = copy.deepcopy(model, shared)
     for module in list(model.modules()):
         if isinstance(module, Mixer):
             module.reparameterize()
-    return model
+    return model.eval()  # what is new in it as well

@@ -18,6 +18,7 @@ from timm.models.swin_transformer import get_relative_position_index
 from ..arguments import check_map, pair, whole_number
 from ..sizes import pad_map, sizes_are_open
 from .mixer import Mixer
+from .window import pixels_by_window, rows_and_columns, window_places
 
 _CHUNK_BYTES = 2 ** 22  # of gathered keys and values where no gradient is needed; larger ones leave the caches
 
@@ -36,24 +37,6 @@ def surround_offsets(window_size: int, expand_size: int) -> List[Tuple[int, int]
         if not (0 <= row + down < w and 0 <= column + right < w)]
 
 
-def _window_pixels(x: torch.Tensor, size: int, rows: int, columns: int) -> torch.Tensor:
-    # for each place, window by window, its pixel in a map of rows x columns windows
-    places = torch.arange(rows * columns * size * size, device=x.device)
-    window, pixel = places // (size * size), places % (size * size)
-    window_row = window // columns
-    row = window_row * size + pixel // size
-    return (row * columns + window - window_row * columns) * size + pixel % size
-
-
-def _pixel_places(x: torch.Tensor, size: int, H: int, W: int) -> torch.Tensor:
-    # for each pixel of a map (H, W) its place, window by window
-    pixels = torch.arange(H * W, device=x.device)
-    row = pixels // W
-    column = pixels - row * W
-    window = row // size * ((W + size - 1) // size) + column // size
-    return window * (size * size) + row % size * size + column % size
-
-
 def partition_windows(x: torch.Tensor, size: int) -> torch.Tensor:
     """Cut maps (B, H, W, C), padded with zeros on the right and at the bottom, into (B, windows, size ** 2, C)."""
     B, H, W, C = x.shape
@@ -61,7 +44,8 @@ def partition_windows(x: torch.Tensor, size: int) -> torch.Tensor:
     x = pad_map(x, rows * size, columns * size)
     if not torch.jit.is_scripting():
         if sizes_are_open():  # views would be compiled anew for maps of one row of windows
-            return x.flatten(1, 2).index_select(1, _window_pixels(x, size, rows, columns)).view(B, -1, size * size, C)
+            row, column = pixels_by_window(rows * size, columns * size, size, size, x.device)
+            return x.flatten(1, 2).index_select(1, row * (columns * size) + column).view(B, -1, size * size, C)
     x = x.reshape(B, rows, size, columns, size, C).transpose(2, 3)
     return x.reshape(B, rows * columns, size * size, C)
 
@@ -72,7 +56,9 @@ def merge_windows(x: torch.Tensor, size: int, H: int, W: int) -> torch.Tensor:
     rows, columns = (H + size - 1) // size, (W + size - 1) // size
     if not torch.jit.is_scripting():
         if sizes_are_open():
-            return x.flatten(1, 2).index_select(1, _pixel_places(x, size, H, W)).view(B, H, W, C)
+            row, column = rows_and_columns(H, W, x.device)
+            place = window_places(row, column, W, size, size)
+            return x.flatten(1, 2).index_select(1, place).view(B, H, W, C)
     x = x.reshape(B, rows, columns, size, size, C).transpose(2, 3).reshape(B, rows * size, columns * size, C)
     return x[:, :H, :W].contiguous()
 

@@ -19,6 +19,41 @@ torch.fx.wrap('check_map')
 torch.fx.wrap('pad_map')
 
 
+def pixels_by_window(
+        H: int,
+        W: int,
+        window_h: int,
+        window_w: int,
+        device: torch.device,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Row and column (H * W) of each pixel of a map of whole windows, window by window."""
+    area, across = window_h * window_w, W // window_w
+    places = torch.arange(H * W, device=device)
+    window, pixel = places // area, places % area
+    window_row = window // across  # no remainder by a size, which does not export to ONNX
+    window_column = window - window_row * across
+    return window_row * window_h + pixel // window_w, window_column * window_w + pixel % window_w
+
+
+def window_places(
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        W: int,
+        window_h: int,
+        window_w: int,
+) -> torch.Tensor:
+    """The inverse: where pixels are among those of all windows, in maps of width W; the last may be cut short."""
+    window = rows // window_h * ((W + window_w - 1) // window_w) + columns // window_w
+    return window * (window_h * window_w) + rows % window_h * window_w + columns % window_w
+
+
+def rows_and_columns(H: int, W: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Row and column (H * W) of each pixel of a map."""
+    pixels = torch.arange(H * W, device=device)
+    rows = pixels // W
+    return rows, pixels - rows * W
+
+
 class WindowMixer(Mixer):
     """What all mixers within windows share: cutting maps into windows, of which every other block's are shifted.
 
@@ -164,7 +199,8 @@ class WindowMixer(Mixer):
 
     def _gather_windows(self, x: torch.Tensor, H: int, W: int, shift_h: int, shift_w: int) -> torch.Tensor:
         """Shift the first (H, W) pixels of padded maps (B, H', W', C) and cut these into (windows, area, C)."""
-        rows, columns = self._pixels_by_window(x.shape[1], x.shape[2], x.device)
+        window_h, window_w = self.window_size
+        rows, columns = pixels_by_window(x.shape[1], x.shape[2], window_h, window_w, x.device)
         rows = torch.where(rows < H, _wrapped(rows + shift_h, H), rows)
         columns = torch.where(columns < W, _wrapped(columns + shift_w, W), columns)
         x = x.flatten(1, 2).index_select(1, rows * x.shape[2] + columns)
@@ -183,24 +219,12 @@ class WindowMixer(Mixer):
     ) -> torch.Tensor:
         """The inverse of `_gather_windows`, without padding: (B, H, W, C); the shift wraps at the periods."""
         window_h, window_w = self.window_size
-        pixels = torch.arange(H * W, device=windows.device)
-        rows = pixels // W
-        columns = pixels - rows * W
+        rows, columns = rows_and_columns(H, W, windows.device)
         rows = _wrapped(rows + (period_h - shift_h), period_h)
         columns = _wrapped(columns + (period_w - shift_w), period_w)
-        window = rows // window_h * ((W + window_w - 1) // window_w) + columns // window_w
-        place = window * self.window_area + rows % window_h * window_w + columns % window_w
+        place = window_places(rows, columns, W, window_h, window_w)
         C = windows.shape[2]
         return windows.reshape(B, -1, C).index_select(1, place).view(B, H, W, C)
-
-    def _pixels_by_window(self, H: int, W: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Row and column (H * W) of each pixel of a map of whole windows, window by window."""
-        window_h, window_w = self.window_size
-        places = torch.arange(H * W, device=device)
-        window, pixel, across = places // self.window_area, places % self.window_area, W // window_w
-        window_row = window // across
-        window_column = window - window_row * across
-        return window_row * window_h + pixel // window_w, window_column * window_w + pixel % window_w
 
     def _dynamic_shift(self, H: int, W: int) -> Tuple[int, int, bool]:
         """Shifts of a map, and whether there may be any: where they are symbolic, that must not be branched on."""
@@ -229,9 +253,10 @@ class WindowMixer(Mixer):
             device: torch.device,
     ) -> torch.Tensor:
         """Bias (windows, area, area) that keeps pixels apart which only the cyclic shift has brought together."""
-        rows, columns = self._pixels_by_window(H, W, device)
-        region_h = (rows >= H - self.window_size[0]).int() + (rows >= H - shift_h).int()
-        region_w = (columns >= W - self.window_size[1]).int() + (columns >= W - shift_w).int()
+        window_h, window_w = self.window_size
+        rows, columns = pixels_by_window(H, W, window_h, window_w, device)
+        region_h = (rows >= H - window_h).int() + (rows >= H - shift_h).int()
+        region_w = (columns >= W - window_w).int() + (columns >= W - shift_w).int()
         region = (3 * region_h + region_w).view(-1, self.window_area)
         return (region[:, None, :] != region[:, :, None]).to(dtype) * -100.
 
