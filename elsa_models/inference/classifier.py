@@ -66,6 +66,8 @@ def load_classifier(
         raise ModelError(f'{subject}{e}\nOr name a file of weights: --checkpoint FILE.') from e
     model = model.to(device).eval()
     names = model.pretrained_cfg.get('label_names')
+    if names is not None and not isinstance(names, (list, tuple, dict)):
+        raise ModelError(f'model: the config.json of {name!r} has label_names = {names!r}, must be a list.')
     names = list(names) if names is not None and len(names) == model.num_classes else None
     data_config = resolve_images(model, **(images or {}))
     logits = _onnx_logits(Path(onnx), data_config) if onnx is not None else model
@@ -177,9 +179,13 @@ def resolve_images(model: nn.Module, **values: Any) -> Dict[str, Any]:
         ModelError: A value does not fit the model.
     """
     try:
-        return resolve_input_data_config(model, args=values)
+        data_config = resolve_input_data_config(model, args=values)
+        create_eval_transform(data_config)  # looks at all of it
     except ValueError as e:
         raise ModelError(str(e)) from e
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as e:  # of what a config.json says
+        raise ModelError(f'model: what it says of its images cannot be used ({type(e).__name__}: {e}).') from e
+    return data_config
 
 
 def color_mode(data_config: Dict[str, Any]) -> str:

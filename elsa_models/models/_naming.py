@@ -143,8 +143,9 @@ def create_named(
             )
     except WeightsError:
         raise
-    except (TypeError, ValueError, RuntimeError, FileNotFoundError, AttributeError, KeyError) as e:
-        raise ModelError(f'model: {str(name)!r} with model_args {model_args} is not possible. {e}') from e
+    except (TypeError, ValueError, RuntimeError, FileNotFoundError, AttributeError, LookupError, AssertionError) as e:
+        reason = str(e) or f'timm refuses it ({type(e).__name__}).'
+        raise ModelError(f'model: {str(name)!r} with model_args {model_args} is not possible. {reason}') from e
 
 
 def _num_classes(source: ModelSource) -> Optional[int]:

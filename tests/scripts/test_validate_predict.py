@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
+from elsa_models.models._saving import save_folder
 from elsa_models.training import ClassificationJob, Recipe, load_splits, run_job
 
 ROOT = Path(__file__).parents[2]
@@ -179,3 +181,28 @@ def test_any_model_of_timm(tmp_path, trained, capsys):
     image = str(trained.folder.parent / 'images' / '1.png')
     assert predict([image, '--model', f'local-dir:{tmp_path / "resnet"}', '--output', str(tmp_path / 'out')]) == 0
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['contact.png', 'predictions.csv']
+
+
+@pytest.mark.parametrize('architecture', ['test_elsa_swin', 'test_vit'])
+@pytest.mark.parametrize('key, values', [
+    ('', [[], 3, None, 'x', {}]), ('architecture', [None, 3, [], {}, 'x']),
+    ('pretrained_cfg', [3, 'x', [1], dict(a=1)]),
+    ('model_args', [3, 'x', [1], dict(a=1)]), ('num_classes', ['x', 2.5, [1], {}]), ('label_names', [3, True]),
+    ('pretrained_cfg.mean', [[], 'x']), ('pretrained_cfg.std', [{}]),
+    ('pretrained_cfg.interpolation', ['x', 3, [1]]), ('pretrained_cfg.crop_pct', ['x', [1]]),
+])
+def test_config_of_wrong_types_is_one_error(architecture, key, values, tmp_path, capsys):
+    model = timm.create_model(architecture, num_classes=2, img_size=32)
+    save_folder(model, tmp_path, {})
+    Image.new('RGB', (40, 40)).save(tmp_path / 'x.png')
+    file = tmp_path / 'config.json'
+    good = file.read_text()
+    *inside, last = key.split('.')
+    for value in values:
+        config = json.loads(good)
+        (config[inside[0]] if inside else config)[last] = value
+        file.write_text(json.dumps(config if key else value))
+        data = ['--data', 'digits', '--limit', '2']
+        for script, arguments in ((predict, [str(tmp_path / 'x.png')]), (validate, data)):
+            assert script([*arguments, '--model', str(tmp_path)]) == 2, value
+            assert capsys.readouterr().err.startswith('error: ')
