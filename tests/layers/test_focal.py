@@ -1,4 +1,6 @@
 """Focal attention against the authors' numbers and a plain float64 form of the same."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -146,6 +148,15 @@ def test_dropout_falls_on_every_key():
         assert (draws.mean(0) - mean).abs().max() < 6 * draws.std(0).max() / 2000 ** .5
 
 
+def test_repeated_keys_are_dropped_one_by_one(monkeypatch):
+    attn = make(3, 1, 3, attn_drop=.5)
+    counts, attend = [], focal.attend_windows
+    monkeypatch.setattr(focal, 'attend_windows', lambda *args: counts.append(args[2].shape[2]) or attend(*args))
+    x = torch.randn(1, 9, 9, 8, dtype=torch.float64)
+    attn.train()(x), attn.eval()(x)
+    assert counts == [9 + len(focal.surround_offsets(3, 1)) + 9, 9 + 16 + 9]
+
+
 def test_form_for_runtimes():
     attn = make(5, 2, 3).eval()
     x = torch.randn(2, 9, 11, 8, dtype=torch.float64)
@@ -180,6 +191,7 @@ def test_windows_change_without_a_surround():
     assert all(torch.equal(before[k], x) for k, x in attn.state_dict().items())
     attn.set_input_size((9, 9), (6, 6))
     assert attn.pool.weight.shape == (1, 36) and attn.pooled_bias.shape == (2, 64)
+    assert attn.pool.in_features == 36
     assert attn.relative_position_bias_table.shape == (121, 2)
     x = torch.randn(1, 9, 9, 8, dtype=torch.float64)
     assert_near(attn(x), reference(attn, x), 1e-12)
@@ -215,3 +227,15 @@ def test_double_backward():
     attn = make(2, 1, 3, dim=4, heads=1)
     x = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(attn, (x,), fast_mode=True)
+
+
+def test_windows_change_in_frozen_and_reparameterized_layers():
+    attn = make(4, 0, 3).eval()
+    attn.pooled_bias.requires_grad_(False)
+    plain = copy.deepcopy(attn)
+    attn.reparameterize()
+    x = torch.randn(1, 9, 9, 8, dtype=torch.float64)
+    for layer in (attn, plain):
+        layer.set_input_size((9, 9), (3, 3))
+    assert not attn.pooled_bias.requires_grad and attn.pool.weight.requires_grad
+    assert_near(attn(x), plain(x), 1e-13)

@@ -29,6 +29,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import elsa_models
 from elsa_models.models import families, family_of
+from elsa_models.models._family import arguments_of
 
 # what no runtime but PyTorch's own runs well, or at all
 REFUSED_OPERATORS = {'Col2Im', 'If', 'Loop', 'Scan', 'ScatterND', 'ScatterElements'}
@@ -455,6 +456,22 @@ def test_images_do_not_depend_on_their_batch(name):
     assert y.std() > 1e-3
     assert_near(torch.cat([model(i[None]) for i in x]), y, 1e-10)
     assert torch.equal(model(x), y)
+
+
+@every_model
+@pytest.mark.parametrize('rate', [None, 'drop_rate', 'proj_drop_rate', 'drop_path_rate'])
+def test_training_is_random_where_a_rate_says_so(name, rate):
+    taken = arguments_of(family_of(name).model_cls)
+    rates = [n for n in ('drop_rate', 'proj_drop_rate', 'drop_path_rate') if n in taken]
+    if rate is not None and rate not in rates:
+        pytest.skip(f'the class has no {rate}')
+    model = randomise(make(name, num_classes=5, **{n: .5 if n == rate else 0. for n in rates})).train()
+    x = images(name, batch=4)
+    torch.manual_seed(1)
+    first = model(x)
+    assert torch.equal(model(x), first) == (rate is None)
+    model.eval()
+    assert torch.equal(model(x), model(x))
 
 
 # devices, dtypes, copies

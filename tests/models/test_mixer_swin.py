@@ -81,3 +81,11 @@ def test_switches():
             (dict(border='mask'), 'border: does not apply to windows'), (dict(region='all'), "region: got 'all'")):
         with pytest.raises(ValueError, match=words):
             create_model('test_mixer_swin', **args)
+
+
+def test_dropout_of_outputs_is_in_mixers_and_mlps():
+    model = create_model('test_mixer_swin', proj_drop_rate=.5)
+    for stage in model.layers:
+        for block in stage.blocks:
+            assert block.attn.proj_drop.p == .5
+            assert {m.p for m in block.mlp.modules() if isinstance(m, torch.nn.Dropout)} == {.5}

@@ -162,6 +162,30 @@ def test_mixed_blocks():
     assert model.stages[1][1].self_attn.feat_size == (12, 12)
 
 
+def test_rates_and_pooling_are_those_asked_for():
+    mixers = [(None,), (None, Scale), (Scale,), (Scale,)]
+    model = build(mixers=mixers, drop_path_rate=.4, drop_rate=.3, global_pool='max')
+    blocks = [block for stage in model.stages for block in stage]
+    assert [getattr(b.drop_path, 'drop_prob', 0.) for b in blocks] == pytest.approx([0., .1, .2, .3, .4])
+    assert model.head.drop.p == .3 and model.head.global_pool.pool_type == 'max'
+
+
+def test_blocks_without_a_norm_after_the_mixer():
+    block = build(norm_after_mixer=False).double().eval().stages[0][0]
+    x = torch.randn(1, 8, 4, 6, dtype=torch.float64)
+    y = (block.conv1_1x1(x) * block.self_attn.weight[:, None, None]).relu()
+    nn.init.ones_(block.conv3_1x1.bn.weight)
+    torch.testing.assert_close(block(x), (block.conv3_1x1(y) + block.shortcut(x)).relu(), rtol=0, atol=1e-12)
+
+
+def test_initialisation_is_that_of_resnets():
+    model = build(zero_init_last=False, num_classes=100)
+    last = model.stages[3][0].conv3_1x1  # of 32 channels to 128
+    assert (last.bn.weight == 1).all()
+    assert last.conv.weight.std().item() == pytest.approx((2 / 128) ** .5, rel=.1)
+    assert model.head.fc.weight.std().item() == pytest.approx(.01, rel=.1) and not model.head.fc.bias.any()
+
+
 def test_empty_model_can_be_initialised():
     model = build(device='meta').to_empty(device='cpu')
     for tensor in (*model.parameters(), *model.buffers()):
