@@ -125,11 +125,11 @@ def load_authors_checkpoint(model: nn.Module, path: Union[str, Path], heads: boo
     loaded: List[Tuple[str, str]] = []
     unused = []
     for key, x in found.items():
-        bare = key[len(prefix):]
-        if bare in body and key.startswith(prefix):
-            targets = {place + _in_body(k, backbone): converted[k] for k in targets_of[bare]}
-        elif key.startswith(prefix) and _NORM.match(bare):
-            targets = {place + bare: x} if isinstance(getattr(backbone, bare[:5]), nn.LayerNorm) else {}
+        inner = key[len(prefix):]
+        if inner in body and key.startswith(prefix):
+            targets = {place + _in_body(k, backbone): converted[k] for k in targets_of[inner]}
+        elif key.startswith(prefix) and _NORM.match(inner):
+            targets = {place + inner: x} if isinstance(getattr(backbone, inner[:5]), nn.LayerNorm) else {}
         else:
             targets = {}
             for pattern, replacement in rules if heads else ():

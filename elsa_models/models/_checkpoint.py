@@ -464,8 +464,8 @@ def build_model(
             return model_cls(**model_kwargs)
 
         # the weights reach the model through the filter: a cfg is copied together with what it holds
-        held = dataclasses.replace(cfg, state_dict={'weights': None}, source=None)
-        model = _build(construct, variant, True, held, fit, **kwargs)
+        in_memory = dataclasses.replace(cfg, state_dict={'weights': None}, source=None)
+        model = _build(construct, variant, True, in_memory, fit, **kwargs)
     model.pretrained_cfg.pop('state_dict')  # default_cfg is the same dict
     if cfg.source is not None:
         model.pretrained_cfg['source'] = cfg.source

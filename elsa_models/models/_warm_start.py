@@ -58,11 +58,11 @@ class WarmStartReport:
     def __str__(self) -> str:
         total = self.num_params
         lines = [f'warm start from {self.source}: {total:,} parameters']
-        groups = [('copied', self.num_copied), ('resized', self.num_resized), ('left', self.num_left)]
-        if self.silenced:
-            groups.insert(2, ('zeroed', self.num_silenced))
-        for group, num in groups:
-            entries = self.silenced if group == 'zeroed' else getattr(self, group)
+        groups = {'copied': self.copied, 'resized': self.resized, 'zeroed': self.silenced, 'left': self.left}
+        for group, entries in groups.items():
+            if group == 'zeroed' and not entries:  # few families have any
+                continue
+            num = sum(entries.values())
             line = f'  {group:8}{num:>13,}  {100. * num / max(total, 1):5.1f} %  {len(entries)} entries'
             if entries and group != 'copied':
                 line += ': ' + ', '.join(self._topmost(entries))

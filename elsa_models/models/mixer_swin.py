@@ -20,6 +20,7 @@ from ..layers import (
     UnifiedWindowAttention,
 )
 from ..layers.arguments import per_stage
+from ..layers.mixers.unified import REGIONS
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 from ._family import Family, register_family
 from ._swin_like import SwinLike, Windows, stage_windows
@@ -34,7 +35,7 @@ def _unified(region: str, terms: Sequence[str], normalisation: str = 'softmax') 
     return dict(region=region, terms=terms, normalisation=normalisation)
 
 
-# settings of the unified form, all of which can be overridden
+# settings of the unified form, which arguments of the model override; head_dim takes the place of num_heads
 UNIFIED = {
     'window': _unified('window', ('qk',)),
     'window_bias': _unified('window', ('qk', 'r')),  # Swin
@@ -95,11 +96,11 @@ class MixerSwin(SwinLike):
             global_pool: Global pooling type.
             embed_dim: Channels of the first stage, doubled by each further one.
             depths: Blocks in each stage.
-            num_heads: Heads in each stage.
+            num_heads: Heads in each stage; the mixer 'depthwise' has one for each channel.
             mixer: One of `MIXERS`. Those of `UNIFIED` are settings of the paper's form, which further arguments change.
-            kernel_size: Side of neighbourhoods in pixels, odd.
-            window_size: Windows, an int or (h, w) for all stages or one per stage, shifted by half their size in every
-                other block on maps that are larger.
+            kernel_size: Side of neighbourhoods in pixels, odd, for mixers that have any.
+            window_size: For mixers within windows, an int or (h, w) for all stages or one per stage, shifted by
+                half their size in every other block on maps that are larger.
             region: 'window' or 'neighbourhood', as the mixer says if None.
             terms: Terms of the logits, some of 'qk', 'qr', 'rk' and 'r', as the mixer says if None.
             normalisation: 'softmax', 'identity' or 'filter', as the mixer says if None.
@@ -128,8 +129,8 @@ class MixerSwin(SwinLike):
         dynamic = dynamic_img_size or not strict_img_size
         if mixer in UNIFIED:
             settings = {**UNIFIED[mixer], **switches}
-            windowed = settings['region'] == 'window'
-            factory = _unified_factory(dict(settings), kernel_size, windows, dynamic, args)
+            windowed = settings['region'] == 'window'  # which the factory takes out
+            factory = _unified_factory(settings, kernel_size, windows, dynamic, args)
         elif switches:
             raise ValueError(f'{next(iter(switches))}: does not apply to the mixer {mixer!r}.')
         else:
@@ -167,8 +168,8 @@ def _unified_factory(
         args: Dict[str, Any],
 ) -> Callable[..., nn.Module]:
     region, head_dim = settings.pop('region'), settings.pop('head_dim', None)
-    if region not in ('window', 'neighbourhood'):
-        raise ValueError(f"region: got {region!r}, must be 'window' or 'neighbourhood'.")
+    if region not in REGIONS:
+        raise ValueError(f'region: got {region!r}, must be one of {", ".join(map(repr, REGIONS))}.')
     if region == 'window' and 'border' in settings:
         raise ValueError("border: does not apply to windows, must be None for region='window'.")
 

@@ -7,6 +7,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn as nn
 
+from ...ops._autocast import without_autocast
 from ..arguments import check_map, pair, whole_number
 from ..axis import by_pair, fit_table, lines_at_once
 from ..sizes import sizes_are_open
@@ -38,9 +39,8 @@ def attend_content(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads:
         (B, H, W, C), computed as the arguments come even under autocast.
     """
     if not torch.jit.is_scripting():
-        if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
-            with torch.autocast(q.device.type, enabled=False):
-                return _attend_content(q, k, v, num_heads)
+        with without_autocast(q.device.type):
+            return _attend_content(q, k, v, num_heads)
     return _attend_content(q, k, v, num_heads)
 
 
@@ -79,9 +79,8 @@ def attend_rows(q: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, num_heads: 
         (B, H, W, C), computed as the arguments come even under autocast.
     """
     if not torch.jit.is_scripting():
-        if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
-            with torch.autocast(q.device.type, enabled=False):
-                return _attend_rows(q, v, rel, num_heads)
+        with without_autocast(q.device.type):
+            return _attend_rows(q, v, rel, num_heads)
     return _attend_rows(q, v, rel, num_heads)
 
 

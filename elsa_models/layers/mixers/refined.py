@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from ...ops._autocast import without_autocast
 from ...ops.map_refinement import Moments, Norm, Weights, refined_product
 from ..arguments import whole_number
+from ..sizes import sizes_are_open
 
 _ROW_BYTES = 2 ** 21  # of the rows of maps that inference computes at a time
 
@@ -32,11 +33,11 @@ torch.fx.wrap('_at_least_float32')  # a leaf of symbolic traces, where tensors h
 
 
 @torch.jit.unused
-def _is_graph_in_the_making(x: torch.Tensor) -> bool:
+def _is_recorded(x: torch.Tensor) -> bool:
     """Whether operators are recorded rather than run: no strips, whose number depends on the size, and no counting."""
     return (
-        isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        or x.device.type == 'meta' or torch._C._are_functorch_transforms_active())
+        isinstance(x, torch.fx.Proxy) or sizes_are_open() or x.device.type == 'meta'
+        or torch._C._are_functorch_transforms_active())
 
 
 @torch.jit.unused
@@ -117,7 +118,7 @@ class MapAttention(nn.Module):
     @torch.jit.unused
     def _takes_strips(self, x: torch.Tensor) -> bool:
         inference = self.lean and not self.training and not torch.is_grad_enabled()
-        return inference and not _is_graph_in_the_making(x) and x.shape[0] > 0
+        return inference and not _is_recorded(x) and x.shape[0] > 0
 
     def _attend(
             self,
@@ -212,7 +213,7 @@ class MapRefinement(nn.Module):
     @contextmanager
     def _counting_once(self, maps: torch.Tensor) -> Iterator[None]:
         """Leave running statistics as they are where checkpointing computes a block for the second time."""
-        if _is_graph_in_the_making(maps) or not _is_recomputed():
+        if _is_recorded(maps) or not _is_recomputed():
             yield
             return
         buffers = [(bn, dict(bn._buffers)) for bn in self._norms()]
@@ -233,7 +234,7 @@ class MapRefinement(nn.Module):
         """Product (B, num_heads, N, d) of refined maps and values (B, num_heads, N, d), both float32 or float64."""
         with _without_autocast(maps):
             norms: List[Optional[Norm]] = [None]
-            if self.lean and not _is_graph_in_the_making(maps) and maps.shape[0]:
+            if self.lean and not _is_recorded(maps) and maps.shape[0]:
                 norms = [_norm_of(bn, maps.dtype) for bn in self._norms()]
             if any(norm is None for norm in norms):
                 return torch.matmul(self(maps), value)

@@ -20,7 +20,7 @@ from .window import WindowMixer
 
 TERMS = ('qk', 'qr', 'rk', 'r')  # q_i k_j, q_i r^k_{j-i}, r^q_{j-i} k_j, r^b_{j-i}
 NORMALISATIONS = ('softmax', 'identity', 'filter')
-REGIONS = ('window', 'neighbourhood')
+REGIONS = ('window', 'neighbourhood')  # with a class each
 _EPS = 1e-5  # of filter normalisation
 
 # leaves of symbolic traces, for their sizes are no numbers there
