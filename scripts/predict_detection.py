@@ -29,6 +29,7 @@ def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[P
     from elsa_models.dense.draw import draw_objects
     model, config = load_detector(args.model)
     model.to(device)
+    nothing = f'nothing with a score of {args.threshold} or more; a lower --threshold shows more'
     names, objects = config['class_names'], {}
     for i, (file, stem, image) in enumerate(pictures):
         found = detect(model, image, args.threshold)
@@ -40,7 +41,7 @@ def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[P
             dict(label=label, **{k: r[k] for k in keys if k in r})
             for label, r in zip(labels, results, strict=True)]
         counts = ', '.join(f'{labels.count(name)} {name}' for name in names if name in labels)
-        print(f'{file}: {counts or "nothing"}')
+        print(f'{file}: {counts or nothing}')
     write_atomically(json.dumps(objects, indent=1), args.output / 'objects.json')
 
 

@@ -3,7 +3,8 @@
 
     python scripts/predict_segmentation.py shots/ --model output/shapes_segmentation/model --output result
 
-Writes for each image NAME.png, its label map, and NAME_overlay.png, the colours of the classes laid over the image.
+Writes for each image NAME.png, its label map, and NAME_overlay.png, the colours of the classes laid over the image
+and named below it.
 """
 import argparse
 import json
@@ -27,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[Picture]) -> None:
     """Write label map and overlay of each image, and print the share of each class."""
-    from elsa_models.dense.draw import overlay
+    from elsa_models.dense.draw import overlay, with_legend
     from elsa_models.dense.segmentation import load_segmenter, predict_labels
     model, config = load_segmenter(args.model)
     model.to(device)
@@ -36,13 +37,14 @@ def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[P
     if args.window is not None:
         config['eval_window'] = args.window
     config['eval_flip'] |= args.flip
-    for file, name, image in pictures:
+    for file, stem, image in pictures:
         with torch.no_grad():
             labels = predict_labels(model, pil_to_tensor(image).to(device), config).cpu().numpy()
-        Image.fromarray(labels.astype('uint8')).save(args.output / f'{name}.png')
-        overlay(image, labels).save(args.output / f'{name}_overlay.png')
-        shares = {config['class_names'][i]: float((labels == i).mean()) for i in sorted(set(labels.flat))}
-        print(f'{file}: ' + ', '.join(f'{k} {v:.1%}' for k, v in shares.items()))
+        Image.fromarray(labels.astype('uint8')).save(args.output / f'{stem}.png')
+        names = {int(i): config['class_names'][i] for i in sorted(set(labels.flat))}
+        with_legend(overlay(image, labels), names).save(args.output / f'{stem}_overlay.png')
+        shares = {name: float((labels == i).mean()) for i, name in names.items()}
+        print(f'{file}: ' + ', '.join(f'{name} {share:.1%}' for name, share in shares.items()))
     write_atomically(json.dumps(config['class_names'], indent=2), args.output / 'classes.json')
 
 

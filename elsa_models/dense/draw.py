@@ -1,13 +1,17 @@
 """Pictures of what dense models say: classes of pixels, boxes and masks."""
-from typing import Dict, Sequence
+import math
+from typing import Dict, Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.v2 import functional as vf
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from .._images import printable
 from .metrics import IGNORE
+
+_FONT, _LINE = 12, 18  # sizes in pixels
 
 
 def palette(number: int) -> np.ndarray:
@@ -30,13 +34,54 @@ def overlay(image: Image.Image, labels: np.ndarray, strength: float = 0.6) -> Im
     return Image.fromarray(np.where((labels == IGNORE)[..., None], np.asarray(image), mixed).astype(np.uint8))
 
 
-def contact_sheet(rows: Sequence[Sequence[Image.Image]], side: int = 192) -> Image.Image:
-    """Images of equal size in rows, one sheet."""
-    sheet = Image.new('RGB', (side * max(map(len, rows)), side * len(rows)), 'white')
+def contact_sheet(
+        rows: Sequence[Sequence[Image.Image]],
+        headings: Sequence[str],
+        class_names: Mapping[int, str],
+        side: int = 192,
+) -> Image.Image:
+    """Images of equal size in rows, one sheet, with a legend.
+
+    Args:
+        rows: Images, as many in each row.
+        headings: What each column shows.
+        class_names: Names of the classes that are in the legend, by their place in the palette.
+        side: Height and width of an image on the sheet, in pixels.
+    """
+    sheet = Image.new('RGB', (side * len(headings), _LINE + side * len(rows)), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for x, heading in enumerate(headings):
+        draw.text((x * side + 2, 2), heading, fill='black', font=ImageFont.load_default(_FONT))
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            sheet.paste(ImageOps.contain(image.convert('RGB'), (side - 4, side - 4)), (x * side + 2, y * side + 2))
-    return sheet
+            small = ImageOps.contain(image.convert('RGB'), (side - 4, side - 4))
+            sheet.paste(small, (x * side + 2, _LINE + y * side + 2))
+    return with_legend(sheet, class_names)
+
+
+def with_legend(image: Image.Image, class_names: Mapping[int, str]) -> Image.Image:
+    """An image with the colours of classes below it, at least 160 pixels wide.
+
+    Args:
+        image: Any.
+        class_names: Names of classes by their place in the palette; they are numbered, too, for no font has all signs.
+    """
+    font, colors = ImageFont.load_default(_FONT), palette(max(class_names, default=0) + 1)
+    width, x, y, entries = max(image.width, 160), 2, 0, []
+    for k, name in class_names.items():
+        text = f'{k} {printable(name)[:40]}'
+        step = 28 + math.ceil(font.getlength(text))
+        if x > 2 and x + step > width:
+            x, y = 2, y + _LINE
+        entries.append((x, image.height + y, text, tuple(colors[k].tolist())))
+        x += step
+    out = Image.new('RGB', (width, image.height + y + _LINE), 'white')
+    out.paste(image, (0, 0))
+    draw = ImageDraw.Draw(out)
+    for x, y, text, color in entries:
+        draw.rectangle((x, y + 3, x + 12, y + 15), fill=color, outline='black')
+        draw.text((x + 16, y + 2), text, fill='black', font=font)
+    return out
 
 
 def draw_objects(image: Image.Image, found: Dict[str, torch.Tensor], class_names: Sequence[str]) -> Image.Image:

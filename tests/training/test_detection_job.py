@@ -340,6 +340,16 @@ def test_scripts(tmp_path, coco):
                                      for o in os)
     with Image.open(tmp_path / 'found' / '2.png') as image:
         assert image.size == (48, 48)
+    command[command.index('--threshold') + 1] = '1.5'
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.count('nothing with a score of 1.5 or more; a lower --threshold shows more') == 4
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr('elsa_models.training.jobs.detection.draw_objects', lambda *args: 1 / 0)
+    result = run_job(_recipe(output=str(tmp_path)), DetectionJob)
+    assert sorted(p.name for p in result.files) == ['log.csv', 'model', 'recipe.yaml']
+    assert 'predictions.png: is not drawn (ZeroDivisionError' in caplog.text
 
 
 RECIPES = sorted((ROOT / 'configs' / 'detection').glob('*.yaml'))

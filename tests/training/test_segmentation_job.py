@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import elsa_models  # noqa: F401
-from elsa_models.dense.draw import overlay, palette
+from elsa_models.dense.draw import contact_sheet, overlay, palette, with_legend
 from elsa_models.dense.shapes import Shapes
 from elsa_models.models._checkpoint import WeightsError
 from elsa_models.training import DataError, RecipeError, World, load_recipe, run_job
@@ -211,6 +211,23 @@ def test_scripts(tmp_path):
     assert sorted(p.name for p in (tmp_path / 'found').iterdir()) == names
     with Image.open(tmp_path / 'found' / 'x.png') as image:
         assert image.size == (60, 40) and np.asarray(image).max() <= 3
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr('elsa_models.training.jobs.segmentation.contact_sheet', lambda *args: 1 / 0)
+    result = run_job(_recipe(output=str(tmp_path)), SegmentationJob)
+    assert sorted(p.name for p in result.files) == ['log.csv', 'model', 'recipe.yaml']
+    assert 'predictions.png: is not drawn (ZeroDivisionError' in caplog.text
+
+
+def test_legends_and_headings():
+    rows = [[Image.new('RGB', (30, 20), 'red')] * 3] * 2
+    sheet = contact_sheet(rows, ('image', 'labelled', 'found'), {1: 'dog', 2: '\u732b\n', 7: 'x' * 900}, side=50)
+    assert sheet.width == 160 and sheet.height > 2 * 50 + 2 * 18
+    colors = {color for _, color in sheet.getcolors(1 << 16)}
+    assert {tuple(c) for c in palette(8)[[1, 2, 7]].tolist()} <= colors
+    assert (np.asarray(sheet.convert('L'))[:18] < 100).any()  # the headings
+    assert with_legend(Image.new('RGB', (300, 40)), {}).size == (300, 58)
 
 
 def test_overlays():

@@ -16,12 +16,14 @@ from ...dense.detection import DETECTORS, TASK, build_detector, check_targets, d
 from ...dense.draw import contact_sheet, draw_objects
 from ...dense.saved import save_model
 from ..config import RecipeError, value
-from ..job import Job
+from ..job import Job, draw
 from ..loading import TrainLoader
 from ..world import World
 from .dense import MODEL, PREDICTIONS, DenseRecipe, DenseTask, create_backbone, eval_batches, model_config
 
 _logger = logging.getLogger(__name__)
+
+_SHOWN = 0.5  # lowest score in the picture of predictions
 
 
 @dataclasses.dataclass
@@ -181,6 +183,9 @@ class DetectionJob(Job):
     def finish(self, model: nn.Module, folder: Path, history: List[Dict[str, float]]) -> None:
         """Save the model, and what it finds on some held-out images."""
         save_model(model, folder / MODEL, self.config)
+        draw(PREDICTIONS, self._draw, model, folder / PREDICTIONS)
+
+    def _draw(self, model: nn.Module, path: Path) -> None:
         rows = []
         for i in range(min(8, len(self.val_images))):
             try:
@@ -190,10 +195,11 @@ class DetectionJob(Job):
             truth = dict(
                 boxes=torch.from_numpy(found.boxes), labels=torch.from_numpy(found.labels),
                 masks=torch.from_numpy(found.masks)[:, None])
-            predicted = detect(model, found.image)
+            predicted = detect(model, found.image, _SHOWN)
             rows.append([found.image, draw_objects(found.image, truth, self.class_names),
                          draw_objects(found.image, predicted, self.class_names)])
         if rows:
-            contact_sheet(rows).save(folder / PREDICTIONS)
+            headings = ('image', 'annotated', f'found, scores from {_SHOWN}')
+            contact_sheet(rows, headings, dict(enumerate(self.class_names, 1))).save(path)
 
 

@@ -16,7 +16,7 @@ from ...dense.metrics import IGNORE, confusion, segmentation_metrics
 from ...dense.saved import save_model
 from ...dense.segmentation import TASK, Segmenter, build_segmenter, predict_labels, segmentation_loss
 from ..config import RecipeError, value
-from ..job import Job
+from ..job import Job, draw
 from ..loading import TrainLoader
 from ..world import World
 from .dense import MODEL, PREDICTIONS, DenseRecipe, DenseTask, create_backbone, eval_batches, model_config
@@ -149,7 +149,10 @@ class SegmentationJob(Job):
     def finish(self, model: nn.Module, folder: Path, history: List[Dict[str, float]]) -> None:
         """Save the model, and what it says of some held-out images."""
         save_model(model, folder / MODEL, self.config)
-        rows = []
+        draw(PREDICTIONS, self._draw, model, folder / PREDICTIONS)
+
+    def _draw(self, model: nn.Module, path: Path) -> None:
+        rows, seen = [], set()
         with torch.no_grad():
             for i in range(min(8, len(self.splits.val))):
                 try:
@@ -158,6 +161,8 @@ class SegmentationJob(Job):
                     continue
                 x = v2.functional.pil_to_tensor(image).to(self.world.device)
                 predicted = predict_labels(model, x, self.config).cpu().numpy()
+                seen |= {*labels.flat, *predicted.flat} - {IGNORE}
                 rows.append([image, overlay(image, labels), overlay(image, predicted)])
         if rows:
-            contact_sheet(rows).save(folder / PREDICTIONS)
+            names = {int(k): self.splits.class_names[k] for k in sorted(seen)}
+            contact_sheet(rows, ('image', 'labelled', 'found'), names).save(path)
