@@ -13,6 +13,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
+from .._graphs import is_exporting
+
 
 def local_attention_plain(
         value: torch.Tensor,
@@ -28,18 +30,24 @@ def local_attention_plain(
     if dtype == torch.float16 or dtype == torch.bfloat16:
         value, logits = value.float(), logits.float()
     weights = logits.softmax(dim=-1) if normalize else logits
-    if ghost_mul is not None:
-        y = _aggregate(value, weights, kernel_size, dilation, ghost_mul)
-        if ghost_add is not None:
-            y = y + _static_term(value, ghost_add.to(value.dtype), kernel_size, dilation)
-        return y.to(dtype)
-    # what is no number would meet the zeros of a tile's matrix and spoil pixels that do not see it: it comes to those
-    # that do with the static term, be that of zeros
-    clean = torch.where(value - value == 0., value, torch.zeros_like(value))
-    y = _aggregate(clean, weights, kernel_size, dilation, None)
-    if ghost_add is None:
-        ghost_add = torch.zeros(value.shape[3], kernel_size, kernel_size, dtype=value.dtype, device=value.device)
-    return (y + _static_term(value, ghost_add.to(value.dtype), kernel_size, dilation)).to(dtype)
+    seen = value
+    if ghost_mul is None and not _is_for_runtimes():
+        # what is no number would meet the zeros of a tile's matrix and spoil pixels that do not see it: it comes to
+        # those that do with the static term, be that of zeros
+        seen = torch.where(value - value == 0., value, torch.zeros_like(value))
+        if ghost_add is None:
+            ghost_add = torch.zeros(value.shape[3], kernel_size, kernel_size, dtype=value.dtype, device=value.device)
+    y = _aggregate(seen, weights, kernel_size, dilation, ghost_mul)
+    if ghost_add is not None:
+        y = y + _static_term(value, ghost_add.to(value.dtype), kernel_size, dilation)
+    return y.to(dtype)
+
+
+def _is_for_runtimes() -> bool:
+    """Whether the graph is exported: there a NaN may reach all of its tile, for three operators more are too dear."""
+    if torch.jit.is_scripting():
+        return False
+    return is_exporting()
 
 
 def _aggregate(
