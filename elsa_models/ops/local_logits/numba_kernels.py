@@ -93,6 +93,16 @@ def _forward_row(
                             put(o3, k, get(o3, k, vec) + t3)
                             v0, v1, v2 = v1, v2, v3
                             u += d
+                    if top > 0 or bottom < K:
+                        # keys of zero above and below the map: what they make of a query that is no number is none
+                        v3 = fill(0., vec)
+                        t0, t1, t2, t3 = totals(mul(u0, v3), mul(u1, v3), mul(u2, v3), mul(u3, v3))
+                        for k in range(K * K):
+                            if k < top * K or k >= bottom * K:
+                                put(o0, k, get(o0, k, vec) + t0)
+                                put(o1, k, get(o1, k, vec) + t1)
+                                put(o2, k, get(o2, k, vec) + t2)
+                                put(o3, k, get(o3, k, vec) + t3)
                 if masks:
                     for q in range(pixels):
                         _mask(vec, out, n + q * d * G, y, x + q * d, H, W, K, d)
