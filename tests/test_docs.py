@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from forked import Forked
 from helpers import keyed_state_dict
+from PIL import Image
 
 import elsa_models
 
@@ -47,7 +49,13 @@ def _write_detector(path):
 
 
 def _write_onnx(path):
-    elsa_models.export_onnx(timm.create_model('test_elsa_swin', img_size=224), path)
+    elsa_models.export_onnx(
+        timm.create_model('test_elsa_swin', img_size=224), path, label_names=[f'kind {i}' for i in range(1000)])
+
+
+def _write_photo(path):
+    noise = np.random.default_rng(0).integers(0, 255, (9, 13, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((451, 333), Image.Resampling.BICUBIC).save(path)
 
 
 def _train_segmenter(path):
@@ -62,6 +70,7 @@ WRITERS = {  # by what a block reads
     "'mask_rcnn_elsa_tiny.pth'": ('mask_rcnn_elsa_tiny.pth', _write_detector),
     "InferenceSession('model.onnx'": ('model.onnx', _write_onnx),
     "compile_model('model.onnx'": ('model.onnx', _write_onnx),
+    "Image.open('photo.jpg')": ('photo.jpg', _write_photo),
     "'output/shapes_segmentation/model'": ('output', _train_segmenter),
 }
 
@@ -106,3 +115,19 @@ def test_block(code, tmp_path, files):
     env = {**os.environ, 'ELSA_CACHE': str(tmp_path / 'cache'), 'ELSA_HUB_NAMESPACE': ''}
     authors_tiny = files('elsa_swin_tiny.pth.tar', _write_checkpoint)
     Forked(_run, (code, str(authors_tiny)), env, cwd=tmp_path, paths=[Path(__file__).parent]).result(timeout=300)
+
+
+def test_the_classification_in_deploy_prepares_as_timm_does(tmp_path, files, monkeypatch, capsys):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    monkeypatch.chdir(tmp_path)
+    for name, write in (('model.onnx', _write_onnx), ('photo.jpg', _write_photo)):
+        (tmp_path / name).symlink_to(files(name, write))
+    code, = [p.values[0] for p in BLOCKS if "Image.open('photo.jpg')" in p.values[0]]
+    found = {}
+    exec(compile(code, '<block>', 'exec'), found)
+    config = {**found['config'], 'input_size': (3, found['height'], found['width'])}
+    with Image.open('photo.jpg') as image:
+        x = timm.data.create_transform(**config, is_training=False)(image)
+    assert np.abs(found['x'][0] - x.numpy()).max() < 1e-5
+    logits, = onnxruntime.InferenceSession('model.onnx').run(None, {'image': x[None].numpy()})
+    assert capsys.readouterr().out == f'kind {logits[0].argmax()}\n'
