@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -269,6 +270,26 @@ def test_folders_are_complete_or_not_there(tmp_path, weights, monkeypatch):
     (tmp_path / 'out' / 'thesis.tex').unlink()
     save(conversion, tmp_path / 'out', path)
     save(conversion, tmp_path / 'out', path)  # replaces its like
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills a forked process')
+def test_killed_between_its_two_renames_a_later_conversion_puts_it_right(tmp_path, weights):
+    path = _write(tmp_path / 'x', to_authors(weights.state_dict()))
+    conversion = convert(path, ARCHITECTURE)
+    save(conversion, tmp_path / 'out', path)
+    child = os.fork()
+    if child == 0:
+        rename, Path.rename = Path.rename, lambda self, target: (
+            os._exit(9) if Path(target) == tmp_path / 'out' else rename(self, target))
+        try:
+            save(conversion, tmp_path / 'out', path)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / 'out').exists() and len(list(tmp_path.iterdir())) == 3
+    save(conversion, tmp_path / 'out', path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'x']
+    assert check_folder(tmp_path / 'out')['architecture'] == ARCHITECTURE
 
 
 @pytest.mark.parametrize('argument, kwargs', [
