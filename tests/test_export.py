@@ -307,6 +307,12 @@ def test_missing_package(tmp_path, monkeypatch, package):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_outputs_that_are_no_numbers_are_refused():
+    x = torch.ones(1, 3)
+    with pytest.raises(RuntimeError, match='differs from the model in logits by nan'):
+        elsa_models.export.onnx._compare('logits', x, x * float('nan'), 'float32', x.shape)
+
+
 def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     (tmp_path / 'model.onnx').write_bytes(b'earlier')
 

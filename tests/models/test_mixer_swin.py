@@ -1,5 +1,6 @@
 """The network of the study with each of its mixers."""
 import copy
+import math
 
 import pytest
 import timm
@@ -89,3 +90,9 @@ def test_dropout_of_outputs_is_in_mixers_and_mlps():
         for block in stage.blocks:
             assert block.attn.proj_drop.p == .5
             assert {m.p for m in block.mlp.modules() if isinstance(m, torch.nn.Dropout)} == {.5}
+
+
+def test_initial_bias_of_the_classifier():
+    assert not create_model('test_mixer_swin', num_classes=5).head.fc.bias.any()
+    model = create_model('test_mixer_swin', num_classes=5, weight_init='jax_nlhb')
+    assert model.head.fc.bias.tolist() == pytest.approx([-math.log(5)] * 5)
