@@ -144,6 +144,26 @@ def replace_folder(folder: Union[str, Path], names: Collection[str]) -> Iterator
             os.close(lock)
 
 
+@contextmanager
+def temporary_folder(path: Union[str, Path]) -> Iterator[Path]:
+    """An empty folder beside `path`, gone afterwards; with it goes what killed processes have left of such.
+
+    Yields:
+        The folder, on the same disk as `path`.
+    """
+    path = Path(path).absolute()
+    recover(path)
+    folder = _beside(path)
+    folder.mkdir()
+    lock = _lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
 def _lock(folder: Path) -> Optional[int]:
     """Mark a folder as in use, until the descriptor is closed or the process ends; None where it is or that fails."""
     if fcntl is None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,6 +282,14 @@ def test_bad_paths(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['empty']
 
 
+def test_what_a_killed_export_has_left_goes_with_the_next(tmp_path):
+    left = tmp_path / '.model.onnx-0123abcd.tmp'
+    left.mkdir()
+    (left / 'model.onnx').write_bytes(b'half')
+    export_onnx(_model('test_elsa_swin'), tmp_path / 'model.onnx')
+    assert [p.name for p in tmp_path.iterdir()] == ['model.onnx']
+
+
 @pytest.mark.parametrize('number, kind, message', [
     (errno.EACCES, PermissionError, 'path: got .*cannot be written to .Permission denied'),
     (errno.ENOSPC, OSError, 'No space left on device'),
@@ -288,7 +297,7 @@ def test_bad_paths(tmp_path):
 def test_folder_that_cannot_be_written_to(tmp_path, monkeypatch, number, kind, message):
     def refuse(*args, **kwargs):
         raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(elsa_models.export.onnx.tempfile, 'mkdtemp', refuse)
+    monkeypatch.setattr(Path, 'mkdir', refuse)
     with pytest.raises(OSError, match=message) as caught:
         export_onnx(_model('test_elsa_swin'), tmp_path / 'model.onnx')
     assert caught.type is kind and list(tmp_path.iterdir()) == []

@@ -3,11 +3,10 @@ import gc
 import json
 import logging
 import os
-import shutil
-import tempfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -16,6 +15,7 @@ from timm.layers import to_2tuple
 from timm.models import FeatureInfo, get_model_input_config
 
 from .._extras import require
+from .._files import temporary_folder
 from .._images import DataError, denormalise, find_images, read_image
 from .._modes import evaluating
 from .rewrite import rewrite_for_runtimes
@@ -106,8 +106,7 @@ def export_onnx(
 
     real = _load_images(images, data_config, size) if images is not None else []
     device = next(model.parameters()).device
-    folder = _make_temporary(path)
-    try:
+    with _beside(path) as folder:
         with evaluating(model), torch.no_grad():
             wrapped, rewritten = model, rewrite_for_runtimes(model)
             if preprocess:
@@ -128,8 +127,6 @@ def export_onnx(
             _check_outputs(str(folder / path.name), wrapped, batches, precision, device)
         for file in written:  # the graph last: it names the other
             os.replace(file, path.parent / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     _logger.info('exported %s, %.1f MB', path, path.stat().st_size / 1e6)
     return path
 
@@ -184,11 +181,14 @@ def _strict_size(model: nn.Module) -> Optional[Tuple[int, int]]:
     return embed.img_size if getattr(embed, 'strict_img_size', False) else None
 
 
-def _make_temporary(path: Path) -> Path:
-    try:
-        return Path(tempfile.mkdtemp(prefix=f'.{path.stem}-', dir=path.parent))
-    except PermissionError as e:
-        raise PermissionError(f'path: got {str(path)!r}, its folder cannot be written to ({e.strerror}).') from e
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary_folder(path))
+        except PermissionError as e:
+            raise PermissionError(f'path: got {str(path)!r}, its folder cannot be written to ({e.strerror}).') from e
+        yield folder
 
 
 def _load_images(folder: Union[str, Path], data_config: Dict[str, Any], size: Tuple[int, int]) -> List[torch.Tensor]:
