@@ -173,7 +173,8 @@ VOLO = ['--model', 'test_elsa_volo', '--token-labels', 'image', '--config', str(
     pytest.param([*VOLO, '--model-args', 'use_mix_token=true', '--amp', 'bfloat16'], marks=pytest.mark.slow),
 ])
 def test_two_processes_go_on(tmp_path, arguments):
-    arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '4', '--epochs', '1', *arguments]
+    # processes agree on a stop where they log
+    arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '4', '--log-steps', '1', '--epochs', '1', *arguments]
     _train(tmp_path / 'whole', *arguments, processes=2)
     process = _start(tmp_path / 'killed', *arguments, processes=2)
     checkpoint = tmp_path / 'killed' / 'digits-running' / 'checkpoints' / 'step-0000000004.pt'
