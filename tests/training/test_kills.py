@@ -77,7 +77,8 @@ def test_what_a_kill_has_left_is_no_strangers(tmp_path, straight, left, resume):
         (working / left).mkdir()
     (working / left / 'graph.onnx' if left.startswith('.model') else working / left).write_bytes(b'half')
     result = _run(tmp_path, resume=resume)
-    assert sorted(p.name for p in result.folder.iterdir()) == ['checkpoints', 'log.csv', 'model', 'recipe.yaml']
+    names = ['checkpoints', 'labels.json', 'log.csv', 'model', 'recipe.yaml']
+    assert sorted(p.name for p in result.folder.iterdir()) == names
 
 
 def test_strangers_files_are_still_refused(tmp_path):
