@@ -3,6 +3,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import itertools
 import re
 from pathlib import Path
 
@@ -36,15 +37,18 @@ def family():
 
 
 def _contract():
+    """Each test of the contract, once for every value of what it is parametrised over besides the name."""
     for name, test in vars(test_contract).items():
         if name.startswith('test_') and 'name' in inspect.signature(test).parameters and name not in OF_THE_PACKAGE:
-            yield name
+            marks = [m for m in getattr(test, 'pytestmark', ()) if m.name == 'parametrize' and m.args[0] != 'name']
+            for values in itertools.product(*(m.args[1] for m in marks)):
+                chosen = {m.args[0]: v for m, v in zip(marks, values, strict=True)}
+                yield pytest.param(test, chosen, id='-'.join(map(str, [name, *values])))
 
 
-@pytest.mark.parametrize('test', list(_contract()))
-def test_keeps_the_contract(test, tmp_path):
-    test = getattr(test_contract, test)
-    args = dict(name=NAME, tmp_path=tmp_path, autocast=False)
+@pytest.mark.parametrize('test, chosen', list(_contract()))
+def test_keeps_the_contract(test, chosen, tmp_path):
+    args = dict(name=NAME, tmp_path=tmp_path, **chosen)
     test(**{k: args[k] for k in inspect.signature(test).parameters})
 
 
