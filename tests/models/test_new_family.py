@@ -140,4 +140,5 @@ def test_generic_code_names_no_family():
     own = {n for f in families() for n in (f.name, f.model_cls.__name__, *f.model_names)} | mixers
     assert len(own) > 20 and len(generic) > 30
     pattern = re.compile(rf'\b({"|".join(map(re.escape, own))})\b')
-    assert not [(path.name, match[0]) for path in generic for text in _names_in(path) for match in [pattern.search(text)] if match]
+    found = [(path.name, m[0]) for path in generic for text in _names_in(path) if (m := pattern.search(text))]
+    assert not found
