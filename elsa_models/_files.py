@@ -55,14 +55,14 @@ def write_atomically(data: Union[str, bytes], path: Union[str, Path]) -> None:
     """Write a file that appears complete or not at all, see `whole_file`.
 
     Args:
-        data: Text, which is written as UTF-8, or bytes.
+        data: Text, which is written as UTF-8 (what is none, as in names of files, escaped), or bytes.
         path: File to create or replace; its folder must exist.
 
     Raises:
         OSError: It cannot be written; a former file is as it was.
     """
     with whole_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode('utf-8', 'backslashreplace') if isinstance(data, str) else data)
 
 
 def is_temporary(name: str, names: Collection[str]) -> bool:

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -158,3 +158,17 @@ def to_picture(image: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """What a model takes, (C, H, W), as an array (H, W, C) of colours between 0 and 1, or (H, W) for one channel."""
     picture = denormalise(image.float().cpu(), mean, std).permute(1, 2, 0).numpy()
     return picture[..., 0] if picture.shape[2] == 1 else picture
+
+
+def draw(name: str, function: Callable[..., Any], *args: Any) -> None:
+    """Draw a picture for a person, of which no fault ends what has its result: it is a warning.
+
+    Args:
+        name: Of the picture, for the warning.
+        function: Draws it.
+        args: Arguments of the function.
+    """
+    try:
+        function(*args)
+    except Exception as e:  # of matplotlib, of fonts, of pictures
+        _logger.warning('%s: is not drawn (%s: %s)', printable(name), type(e).__name__, printable(e))

@@ -19,7 +19,7 @@ from timm.utils import setup_default_logging
 
 import elsa_models  # noqa: F401, registers the models
 from elsa_models._files import write_atomically
-from elsa_models._images import printable
+from elsa_models._images import draw, printable
 from elsa_models.inference import Answer, classify, figures, find_device, find_images, load_classifier
 from elsa_models.inference.text import to_csv
 from elsa_models.inspect import has_local_attention
@@ -74,10 +74,10 @@ def main(argv: Optional[List[str]] = None) -> int:
             write_atomically(table, folder / f'predictions.{args.format}')
             readable = [a for a in answers if a.labels]
             if readable:
-                figures.draw_contact_sheet(readable, folder / 'contact.png')
+                draw('contact.png', figures.draw_contact_sheet, readable, folder / 'contact.png')
                 if not args.onnx and classifier.model is not None and has_local_attention(classifier.model):
                     with torch.no_grad():
-                        figures.draw_overlays(classifier, readable, folder / 'attention.png')
+                        draw('attention.png', figures.draw_overlays, classifier, readable, folder / 'attention.png')
     except (ValueError, OSError, ImportError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2

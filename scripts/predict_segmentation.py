@@ -9,13 +9,16 @@ and named below it.
 import argparse
 import json
 import sys
-from typing import Iterator, List, Optional
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from elsa_models._files import write_atomically
+from elsa_models._images import draw, printable
 from elsa_models.inference.script import Picture, predict_script
 
 
@@ -26,9 +29,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--window', type=int, metavar='N', help='look at windows of so many pixels a side')
 
 
+def _draw(image: Image.Image, labels: np.ndarray, names: Dict[int, str], path: Path) -> None:
+    from elsa_models.dense.draw import overlay, with_legend
+    with_legend(overlay(image, labels), names).save(path)
+
+
 def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[Picture]) -> None:
     """Write label map and overlay of each image, and print the share of each class."""
-    from elsa_models.dense.draw import overlay, with_legend
     from elsa_models.dense.segmentation import load_segmenter, predict_labels
     model, config = load_segmenter(args.model)
     model.to(device)
@@ -42,9 +49,10 @@ def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[P
             labels = predict_labels(model, pil_to_tensor(image).to(device), config).cpu().numpy()
         Image.fromarray(labels.astype('uint8')).save(args.output / f'{stem}.png')
         names = {int(i): config['class_names'][i] for i in sorted(set(labels.flat))}
-        with_legend(overlay(image, labels), names).save(args.output / f'{stem}_overlay.png')
+        path = args.output / f'{stem}_overlay.png'
+        draw(path.name, _draw, image, labels, names, path)
         shares = {name: float((labels == i).mean()) for i, name in names.items()}
-        print(f'{file}: ' + ', '.join(f'{name} {share:.1%}' for name, share in shares.items()))
+        print(f'{printable(file)}: ' + ', '.join(f'{printable(name)} {share:.1%}' for name, share in shares.items()))
     write_atomically(json.dumps(config['class_names'], indent=2), args.output / 'classes.json')
 
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT.name
 # from the bottom up; a room imports those of rows above its own, and itself. docs/architecture.md says the same
 ROOMS = [
     {'_extras', '_files', '_images', '_modes', '_version'},
-    {'ops'},
+    {'ops', '_fonts'},
     {'layers'},
     {'models'},
     {'inspect', 'export'},

@@ -1,6 +1,6 @@
 """Pictures of what dense models say: classes of pixels, boxes and masks."""
 import math
-from typing import Dict, Mapping, Sequence
+from typing import Any, Dict, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.v2 import functional as vf
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from .._images import printable
+from .._fonts import font_for, shorten
 from .metrics import IGNORE
 
-_FONT, _LINE = 12, 18  # sizes in pixels
+_FONT, _SMALL, _LINE = 12, 10, 18  # sizes in pixels
 
 
 def palette(number: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def contact_sheet(
     sheet = Image.new('RGB', (side * len(headings), _LINE + side * len(rows)), 'white')
     draw = ImageDraw.Draw(sheet)
     for x, heading in enumerate(headings):
-        draw.text((x * side + 2, 2), heading, fill='black', font=ImageFont.load_default(_FONT))
+        draw.text((x * side + 2, 2), heading, fill='black', font=font_for(heading, _FONT))
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             small = ImageOps.contain(image.convert('RGB'), (side - 4, side - 4))
@@ -64,28 +64,28 @@ def with_legend(image: Image.Image, class_names: Mapping[int, str]) -> Image.Ima
 
     Args:
         image: Any.
-        class_names: Names of classes by their place in the palette; they are numbered, too, for no font has all signs.
+        class_names: Names of classes by their place in the palette, which is their number as well.
     """
-    font, colors = ImageFont.load_default(_FONT), palette(max(class_names, default=0) + 1)
+    colors = palette(max(class_names, default=0) + 1)
     width, x, y, entries = max(image.width, 160), 2, 0, []
     for k, name in class_names.items():
-        text = f'{k} {printable(name)[:40]}'
+        text, font = _writable((f'{k} {shorten(name)}', f'class {k}'), _FONT)
         step = 28 + math.ceil(font.getlength(text))
         if x > 2 and x + step > width:
             x, y = 2, y + _LINE
-        entries.append((x, image.height + y, text, tuple(colors[k].tolist())))
+        entries.append((x, image.height + y, text, font, tuple(colors[k].tolist())))
         x += step
     out = Image.new('RGB', (width, image.height + y + _LINE), 'white')
     out.paste(image, (0, 0))
     draw = ImageDraw.Draw(out)
-    for x, y, text, color in entries:
+    for x, y, text, font, color in entries:
         draw.rectangle((x, y + 3, x + 12, y + 15), fill=color, outline='black')
         draw.text((x + 16, y + 2), text, fill='black', font=font)
     return out
 
 
 def draw_objects(image: Image.Image, found: Dict[str, torch.Tensor], class_names: Sequence[str]) -> Image.Image:
-    """An image with boxes, names, scores and masks drawn on it.
+    """An image with boxes, names, scores and masks drawn on it; `class 3` where this machine has no font for a name.
 
     Args:
         image: Of W x H pixels.
@@ -100,5 +100,15 @@ def draw_objects(image: Image.Image, found: Dict[str, torch.Tensor], class_names
     if 'masks' in found:
         x = draw_segmentation_masks(x, found['masks'][:, 0] > 0.5, alpha=0.5, colors=colors)
     scores = found['scores'].tolist() if 'scores' in found else [None] * len(labels)
-    names = [class_names[k - 1] + ('' if s is None else f' {s:.2f}') for k, s in zip(labels, scores)]
-    return vf.to_pil_image(draw_bounding_boxes(x, found['boxes'], labels=names, colors=colors))
+    picture = vf.to_pil_image(draw_bounding_boxes(x, found['boxes'], colors=colors))
+    draw = ImageDraw.Draw(picture)
+    for k, score, box, color in zip(labels, scores, found['boxes'].tolist(), colors, strict=True):
+        text, font = _writable((shorten(class_names[k - 1]), f'class {k}'), _SMALL)
+        draw.text((box[0] + 2, box[1] + 1), text if score is None else f'{text} {score:.2f}', fill=color, font=font)
+    return picture
+
+
+def _writable(texts: Sequence[str], size: int) -> Tuple[str, Any]:
+    """The first text for which this machine has a font, and the font."""
+    fonts = [(text, font_for(text, size)) for text in texts]
+    return next((pair for pair in fonts if pair[1] is not None), (texts[-1], ImageFont.load_default(size)))

@@ -242,6 +242,7 @@ class Answer(NamedTuple):
     file: str
     labels: List[str]
     probabilities: List[float]
+    classes: List[int]  # numbers of the labels
 
 
 @torch.no_grad()
@@ -273,5 +274,5 @@ def classify(
         probabilities, classes = classifier.logits(images).double().softmax(dim=-1).topk(min(top_k, len(names)))
         for found, p, c in zip(readable.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
             file = str(files[len(answers)])
-            answers.append(Answer(file, [names[i] for i in c], p) if found else Answer(file, [], []))
+            answers.append(Answer(file, [names[i] for i in c], p, c) if found else Answer(file, [], [], []))
     return answers

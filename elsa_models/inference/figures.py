@@ -1,5 +1,6 @@
 """Pictures for a person: what a model predicts, and where its local attention looks."""
 import io
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch.nn as nn
 
 from .._extras import require
 from .._files import write_atomically
+from .._fonts import families_for, legible, shorten
 from .._images import normalise, read_image, to_picture
 from ..inspect import AttentionLayer, attention_layers
 from .classifier import Answer, Classifier, Predictions, color_mode, create_eval_transform
-from .text import families_for, legible, shorten, write_csv
+from .text import write_csv
 
 _RIGHT, _WRONG, _QUERY = '#1b7837', '#c51b2b', '#ff7f0e'
 _MAX_HEADS = 6  # drawn for each layer
@@ -37,6 +39,7 @@ def draw_curves(history: List[Dict[str, float]], path: Union[str, Path]) -> None
     for name in metrics:
         right.plot(epochs, [row[name] for row in history], label=name[4:].replace('_', ' '), marker='.')
     right.set_title('held-out images')
+    right.set_ylabel('accuracy (%)')
     for ax in (left, right):
         ax.set_xlabel('epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)
@@ -146,6 +149,8 @@ def draw_predictions(
     figure.suptitle(
         f'{len(right)} of {len(targets)} held-out images are recognised: {accuracy:.2f} %',
         fontsize=14, fontweight='bold')
+    if names != [shorten(name) for name in class_names]:
+        note += '; numbers are those of classes.csv'
     figure.supxlabel(f'Predicted class and confidence; {note}.', fontsize=10, color='0.3')
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
@@ -259,16 +264,20 @@ def draw_contact_sheet(
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = _new_figure(max(2.1 * columns, 3.), 2.5 * rows + 0.4)
-    if len(shown) < len(answers):
-        figure.supxlabel(f'the first {len(shown)} of {len(answers)} images', fontsize=10, color='0.3')
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.axis('off')
+    numbered = False
     for ax, answer in zip(axes, shown, strict=False):
         _show(ax, _thumbnail(answer.file))
-        best = zip(answer.labels[:3], answer.probabilities, strict=False)
-        lines = [f'{_legible(label)} {p:.0%}' for label, p in best]
+        names = legible(answer.labels[:3], answer.classes[:3])
+        numbered |= names != [shorten(label) for label in answer.labels[:3]]
+        lines = [f'{name} {p:.0%}' for name, p in zip(names, answer.probabilities, strict=False)]
         ax.set_title('\n'.join(lines), fontsize=8, pad=3)
+    notes = [f'the first {len(shown)} of {len(answers)} images'] * (len(shown) < len(answers))
+    notes += ['no font here has the names that are numbers; the table has them'] * numbered
+    if notes:
+        figure.supxlabel('\n'.join(notes), fontsize=8, color='0.3')
     _save(figure, path)
 
 
@@ -304,7 +313,8 @@ def draw_overlays(
         for ax in row:
             _clean(ax)
         row[0].imshow(picture, cmap='gray', vmin=0., vmax=1.)
-        row[0].set_title(f'{_legible(answer.labels[0])} {answer.probabilities[0]:.0%}', fontsize=10)
+        name, = legible(answer.labels[:1], answer.classes[:1])
+        row[0].set_title(f'{name} {answer.probabilities[0]:.0%}', fontsize=10)
         height, width = picture.shape[:2]
         for ax, layer in zip(row[1:], layers, strict=False):
             grey = picture if picture.ndim == 2 else picture.mean(axis=2)
@@ -316,11 +326,6 @@ def draw_overlays(
             ax.set_title(f'map of {H} × {W}, {layer.kernel_size} × {layer.kernel_size} neighbours', fontsize=9)
     figure.colorbar(spread, ax=axes, shrink=0.6, label='part of the neighbours in use')
     _save(figure, path)
-
-
-def _legible(label: str) -> str:
-    shown, = legible([label])
-    return shown if shown == shorten(label) else '(no font for its name)'
 
 
 def _thumbnail(file: str) -> Any:
@@ -392,10 +397,17 @@ def _save(figure: Any, path: Union[str, Path]) -> None:
     families = families_for(text.get_text() for text in texts)
     for text in texts:
         text.set_fontfamily(families)
+        text.set_parse_math(False)  # a class may be called $x^{$
     content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of layout and fonts
-        figure.savefig(content, dpi=130, format='png')
+    logger = logging.getLogger('matplotlib')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of layout and fonts
+            figure.savefig(content, dpi=130, format='png')
+    finally:
+        logger.setLevel(level)
     write_atomically(content.getvalue(), path)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.utils import setup_default_logging
 
 from .._extras import require
-from .._images import DataError, find_images, read_image
+from .._images import DataError, find_images, printable, read_image
 from ..models._checkpoint import WeightsError
 from .classifier import find_device
 
@@ -73,7 +73,7 @@ def predict_script(
             try:
                 image = read_image(Path(file), 'RGB', file)
             except DataError as e:
-                print(e, file=sys.stderr)
+                print(printable(e), file=sys.stderr)
                 status = 1
                 continue
             yield Picture(file, name, image)

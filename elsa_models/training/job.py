@@ -1,8 +1,7 @@
 """What a run trains: the one thing that classification, detection and segmentation do not share."""
-import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -12,8 +11,6 @@ from timm.utils import unwrap_model
 from .config import BaseRecipe
 from .loading import TrainLoader
 from .world import World
-
-_logger = logging.getLogger(__name__)
 
 
 class Job(ABC):
@@ -110,11 +107,3 @@ class Job(ABC):
             folder: Folder to write to; what an earlier attempt has left is gone.
             history: The metrics of each epoch, as in the log.
         """
-
-
-def draw(name: str, function: Callable[..., Any], *args: Any) -> None:
-    """Draw a figure, of which no fault ends a run that has its result."""
-    try:
-        function(*args)
-    except Exception as e:  # of matplotlib, of fonts, of pictures
-        _logger.warning('%s: is not drawn (%s: %s)', name, type(e).__name__, e)

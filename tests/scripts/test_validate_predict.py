@@ -1,6 +1,8 @@
 import csv
 import importlib.util
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,31 @@ def test_any_model_of_timm(tmp_path, trained, capsys):
     image = str(trained.folder.parent / 'images' / '1.png')
     assert predict([image, '--model', f'local-dir:{tmp_path / "resnet"}', '--output', str(tmp_path / 'out')]) == 0
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['contact.png', 'predictions.csv']
+
+
+def test_names_of_files_and_classes_that_are_no_text(tmp_path, trained, capsys):
+    """And a picture that cannot be drawn costs no table."""
+    model = timm.create_model('test_elsa_swin', num_classes=3, img_size=32)
+    save_folder(model, tmp_path / 'model', dict(label_names=['$x^{$', '\udcff\n', '\u732b']))
+    (tmp_path / 'in').mkdir()
+    files = [os.path.join(os.fsencode(tmp_path), b'in', name) for name in (b'$x^{$.png', b'\xff.png')]
+    for file in files:
+        shutil.copy(os.fsencode(trained.folder.parent / 'images' / '1.png'), file)
+    arguments = [str(tmp_path / 'in'), '--model', str(tmp_path / 'model'), '--output', str(tmp_path / 'out')]
+    assert predict(arguments) == 0 and predict([*arguments, '--format', 'json']) == 0
+    assert '\\udcff.png: ' in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
+        'attention.png', 'contact.png', 'predictions.csv', 'predictions.json']
+    answers = json.loads((tmp_path / 'out' / 'predictions.json').read_text(encoding='utf-8'))
+    assert [os.fsencode(a['file']) for a in answers] == files and sorted(answers[0]['classes']) == [0, 1, 2]
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_prediction(tmp_path, trained, monkeypatch, caplog):
+    monkeypatch.setattr('elsa_models.inference.figures._save', lambda *args: 1 / 0)
+    images = str(trained.folder.parent / 'images')
+    assert predict([images, '--model', str(trained.folder), '--output', str(tmp_path / 'out')]) == 0
+    assert [p.name for p in (tmp_path / 'out').iterdir()] == ['predictions.csv']
+    assert 'contact.png: is not drawn (ZeroDivisionError' in caplog.text and 'attention.png: is not' in caplog.text
 
 
 @pytest.mark.parametrize('architecture', ['test_elsa_swin', 'test_vit'])

@@ -1,5 +1,6 @@
 """Detection from data to results: COCO's format, transforms, AP, a run and its scripts."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -330,16 +331,21 @@ def test_targets_are_checked_on_their_way_to_the_model():
 def test_scripts(tmp_path, coco):
     result = run_job(_recipe(output=str(tmp_path)), DetectionJob)
     (coco / 'val2017' / 'broken.png').write_bytes(b'no image')
+    config = result.folder / 'model' / 'config.json'
+    config.write_text(config.read_text().replace('"circle"', '"$x^{$\\udcff"'))
+    os.rename(coco / 'val2017' / '1.png', os.fsencode(coco / 'val2017') + b'/\xff.png')
     command = [
         sys.executable, str(ROOT / 'scripts' / 'predict_detection.py'), str(coco / 'val2017'), '--model',
         str(result.folder / 'model'), '--output', str(tmp_path / 'found'), '--threshold', '0', '--device', 'cpu']
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and 'broken.png: cannot be read' in done.stderr, done.stderr
     objects = json.loads((tmp_path / 'found' / 'objects.json').read_text())
-    assert len(objects) == 4 and all(set(o) == {'label', 'bbox', 'score', 'segmentation'} for os in objects.values()
-                                     for o in os)
-    with Image.open(tmp_path / 'found' / '2.png') as image:
-        assert image.size == (48, 48)
+    keys = {'label', 'number', 'bbox', 'score', 'segmentation'}
+    assert len(objects) == 4 and all(set(o) == keys for found in objects.values() for o in found)
+    assert '\\udcff.png: ' in done.stdout and '$x^{$' in (tmp_path / 'found' / 'objects.json').read_text()
+    for name in ('2.png', '\udcff.png'):
+        with Image.open(tmp_path / 'found' / name) as image:
+            assert image.size == (48, 48)
     command[command.index('--threshold') + 1] = '1.5'
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.count('nothing with a score of 1.5 or more; a lower --threshold shows more') == 4

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import elsa_models  # noqa: F401
+from elsa_models._fonts import legible, shorten
 from elsa_models.inference import figures
 from elsa_models.inference.classifier import Predictions
 from elsa_models.training.data import LabelledImages
@@ -22,23 +23,23 @@ HARD = [
     '$x^{$', '$', 'a_b^c\\frac{', '大きな犬', 'größe', 'عربي', '\udcff\n', '=1+1,"x"', '<b>', '\U000fffff', 'x' * 99]
 
 
-def test_any_name_is_drawn(tmp_path, recwarn):
+def test_any_name_is_drawn(tmp_path, recwarn, caplog):
     targets = torch.arange(len(HARD))
     images = LabelledImages([Image.new('RGB', (9, 9))] * len(HARD), targets.tolist())
     predictions = _predictions(targets.tolist(), targets.flip(0).tolist())
     figures.draw_confusion(targets, targets.flip(0), HARD, tmp_path / 'c.png')
     figures.draw_predictions(images, predictions, HARD, tmp_path / 'p.png')
     Image.new('RGB', (9, 9)).save(tmp_path / 'x.png')
-    answers = [figures.Answer(str(tmp_path / 'x.png'), [name], [1.]) for name in HARD]
+    answers = [figures.Answer(str(tmp_path / 'x.png'), [name], [1.], [0]) for name in HARD]
     figures.draw_contact_sheet(answers, tmp_path / 's.png')
     assert all((tmp_path / f'{name}.png').stat().st_size > 1000 for name in 'cps')
-    assert not [w for w in recwarn if 'lyph' in str(w.message)]
+    assert not [w for w in recwarn if 'lyph' in str(w.message)] and not caplog.text
 
 
-def test_names_without_a_font_are_numbered(monkeypatch):
-    from elsa_models.inference import text
-    assert text.legible(['cat', '\U00013000', '$5']) == ['cat', 'class 1', r'\$5']
-    assert len(text.shorten('a name of many words and more')) <= 18
+def test_names_without_a_font_are_numbered():
+    assert legible(['cat', '\U00013000', '$5']) == ['cat', 'class 1', '$5']
+    assert legible(['\U00013000'], [7]) == ['class 7']
+    assert len(shorten('a name of many words and more')) <= 18
 
 
 def test_classes_are_measured(tmp_path):

@@ -1,4 +1,6 @@
 """Segmentation from data to results: folders, transforms, a run and its scripts."""
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -201,14 +203,22 @@ def test_scripts(tmp_path):
     for place in ('a', 'b'):
         (tmp_path / place).mkdir()
         Shapes(1, 48)[0].image.resize((60, 40)).save(tmp_path / place / 'x.png')
+    Shapes(1, 32)[0].image.save(tmp_path / 'a' / 'y.png')
+    os.rename(tmp_path / 'a' / 'y.png', os.fsencode(tmp_path / 'a') + b'/$x^{$\xff.png')
+    config = result.folder / 'model' / 'config.json'
+    names = ['$x^{$', '\udcff', '\u732b\n', 'triangle']
+    config.write_text(json.dumps({**json.loads(config.read_text()), 'class_names': names}))
     command = [
         sys.executable, str(ROOT / 'scripts' / 'predict_segmentation.py'), 'a', 'b', '--model',
         str(result.folder / 'model'), '--output', 'found', '--flip', '--scales', '1', '0.5', '--window', '32',
         '--device', 'cpu']
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = ['classes.json', 'x-2.png', 'x-2_overlay.png', 'x.png', 'x_overlay.png']
-    assert sorted(p.name for p in (tmp_path / 'found').iterdir()) == names
+    written = [
+        '$x^{$\udcff.png', '$x^{$\udcff_overlay.png', 'classes.json', 'x-2.png', 'x-2_overlay.png', 'x.png',
+        'x_overlay.png']
+    assert sorted(p.name for p in (tmp_path / 'found').iterdir()) == written
+    assert json.loads((tmp_path / 'found' / 'classes.json').read_text()) == names and '%' in done.stdout
     with Image.open(tmp_path / 'found' / 'x.png') as image:
         assert image.size == (60, 40) and np.asarray(image).max() <= 3
 

@@ -18,7 +18,7 @@ from timm.task.task import TrainingTask
 from torch.utils.data import Dataset
 
 from ..._files import write_atomically
-from ..._images import denormalise, normalise
+from ..._images import denormalise, draw, normalise
 from ...export import export_onnx
 from ...hub.cache import sha256_of
 from ...hub.card import UNKNOWN, model_card
@@ -33,7 +33,7 @@ from ...models._warm_start import warm_start
 from ..config import Recipe, RecipeError, weights_error
 from ..data import LabelledImages, Splits, create_train_transform, load_splits
 from ..evaluation import create_eval_loader, predict, reestimate
-from ..job import Job, draw
+from ..job import Job
 from ..loading import EvalLoader, TrainLoader
 from ..token_labels import TokenLabelledImages, TokenLabelTask, TokenMaps, collate
 from ..world import World

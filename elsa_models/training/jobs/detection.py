@@ -10,13 +10,13 @@ from pycocotools.coco import COCO
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vf
 
-from ..._images import DataError
+from ..._images import DataError, draw
 from ...dense.coco import ObjectImages, average_precision, load_objects, to_coco
 from ...dense.detection import DETECTORS, TASK, build_detector, check_targets, detect, losses_of
 from ...dense.draw import contact_sheet, draw_objects
 from ...dense.saved import save_model
 from ..config import RecipeError, value
-from ..job import Job, draw
+from ..job import Job
 from ..loading import TrainLoader
 from ..world import World
 from .dense import MODEL, PREDICTIONS, DenseRecipe, DenseTask, create_backbone, eval_batches, model_config

@@ -9,14 +9,14 @@ import torch.nn as nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..._images import DataError, denormalise, normalise
+from ..._images import DataError, denormalise, draw, normalise
 from ...dense.draw import contact_sheet, overlay
 from ...dense.label_maps import LabelMapSplits, load_label_maps
 from ...dense.metrics import IGNORE, confusion, segmentation_metrics
 from ...dense.saved import save_model
 from ...dense.segmentation import TASK, Segmenter, build_segmenter, predict_labels, segmentation_loss
 from ..config import RecipeError, value
-from ..job import Job, draw
+from ..job import Job
 from ..loading import TrainLoader
 from ..world import World
 from .dense import MODEL, PREDICTIONS, DenseRecipe, DenseTask, create_backbone, eval_batches, model_config
