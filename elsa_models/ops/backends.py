@@ -40,14 +40,11 @@ class Operator:
 
         Args:
             value: A tensor of the call, the one that `refuse` looks at.
-            backend: The caller's wish, which goes before the choice made by `set_backend`.
+            backend: The caller's wish, a name that is known, which goes before the choice made by `set_backend`.
 
         Raises:
-            ValueError: No operator has a backend of this name.
             RuntimeError: The backend was chosen by name and cannot serve.
         """
-        if backend is not None:
-            _check_name(backend)
         choice = _choice if backend is None else backend
         if value.is_meta:
             return META
@@ -84,7 +81,7 @@ def set_backend(name: str = AUTO) -> None:
         ValueError: The name is not known.
     """
     global _choice
-    _check_name(name)
+    check_name(name)
     _choice = name
 
 
@@ -105,7 +102,12 @@ def explain_backend(value: torch.Tensor, operator: str = 'local_attention') -> D
     return _operators[operator].explain(value)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Require that some operator has a backend of this name.
+
+    Raises:
+        ValueError: None has.
+    """
     known_names = (AUTO, *available_backends())
     if name not in known_names:
         known = ', '.join(map(repr, known_names))

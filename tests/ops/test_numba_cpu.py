@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from helpers import assert_near
@@ -268,6 +269,23 @@ def _check_kernels(path):
             _assert_right(tensors, K, d)
             tensors[1] *= 40
             _assert_right(tensors, K, d)
+
+
+def test_a_process_that_exports_first_has_numba_afterwards():
+    # torch.export puts functions of its own in place of some of math's, which Numba does not take when it is imported
+    out, err = programs.run('''
+        import torch
+        from elsa_models import ops
+
+        class Layer(torch.nn.Module):
+            def forward(self, value, logits):
+                return ops.local_attention(value, logits, 3) + ops.local_logits(value, value, 3, num_heads=1).sum()
+
+        torch.export.export(Layer(), (torch.randn(1, 4, 4, 2), torch.randn(1, 4, 4, 1, 9)))
+        for name in ('local_attention', 'local_logits'):
+            print(ops.explain_backend(torch.randn(1), name)['numba'])
+    ''')
+    assert out.split() == ['None', 'None'] and 'does not work' not in err
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import torch
 from .._autocast import autocast_dtype, cast
 from .._bands import compute_dtype
 from .._graphs import register_loop, wants_core_operators
-from ..backends import REFERENCE, Operator
+from ..backends import REFERENCE, Operator, check_name
 from . import eager, numba, triton
 from .plain import local_attention_plain
 from .reference import local_attention_reference
@@ -92,9 +92,11 @@ def _local_attention(
     if dropout_p > 0.:
         weights = logits.softmax(dim=-1, dtype=compute_dtype(value)) if apply_softmax else logits
         logits, apply_softmax = torch.nn.functional.dropout(weights, dropout_p).to(value.dtype), False
-    chosen = OPERATOR.select(value, backend)
-    if wants_core_operators():
+    if backend is not None:
+        check_name(backend)
+    if wants_core_operators():  # asked first: no backend may be tried for the first time while a graph is made
         return local_attention_plain(value, logits, kernel_size, dilation, ghost_mul, ghost_add, apply_softmax)
+    chosen = OPERATOR.select(value, backend)
     if chosen == REFERENCE:
         return local_attention_reference(value, logits, kernel_size, dilation, ghost_mul, ghost_add, apply_softmax)
     return _forward_op(value, logits, ghost_mul, ghost_add, kernel_size, dilation, apply_softmax, chosen)

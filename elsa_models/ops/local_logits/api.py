@@ -9,7 +9,7 @@ import torch
 
 from .._autocast import autocast_dtype, cast
 from .._graphs import register_loop, wants_core_operators
-from ..backends import REFERENCE, Operator
+from ..backends import REFERENCE, Operator, check_name
 from . import eager, numba, triton
 from .plain import local_logits_plain
 from .reference import local_logits_reference
@@ -84,9 +84,11 @@ def _local_logits(
         with torch.autocast(query.device.type, enabled=False):  # or the sums would be cast as well
             return _local_logits(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border, backend)
     _check(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
-    chosen = OPERATOR.select(query, backend)
-    if wants_core_operators():
+    if backend is not None:
+        check_name(backend)
+    if wants_core_operators():  # asked first: no backend may be tried for the first time while a graph is made
         return local_logits_plain(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
+    chosen = OPERATOR.select(query, backend)
     if chosen == REFERENCE:
         return local_logits_reference(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
     return _forward_op(query, key, row_bias, column_bias, kernel_size, dilation, num_heads, border, chosen)
