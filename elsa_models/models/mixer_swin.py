@@ -5,7 +5,7 @@ neighbourhood attention, dynamic filters and depthwise convolution within Swin-T
 these and others, in every stage of the same network; nothing else differs.
 """
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from ..layers import (
     ElsaAttention,
     GlobalSelfAttention,
+    KeyOnlyAttention,
     LocalGlobalAttention,
     UnifiedNeighbourhoodAttention,
     UnifiedWindowAttention,
@@ -48,8 +49,11 @@ UNIFIED = {
     'dynamic_filter': _unified('neighbourhood', ('qr',), 'filter'),
     'depthwise': dict(_unified('neighbourhood', ('r',), 'identity'), head_dim=1),
 }
-OTHERS = ('elsa', 'elsa_no_ghost', 'gsa', 'lg')
+OTHERS = ('elsa', 'elsa_no_ghost', 'elsa_query', 'key_only', 'gsa', 'lg')  # from their own files
 MIXERS = (*UNIFIED, *OTHERS)
+# parameters that depend on nothing but the relative position, of whatever mixer
+_POSITIONS = (
+    'relative_position_bias_table', 'relative_key_table', 'relative_query_table', 'rel_row', 'rel_col', 'ghost_add')
 _SWITCHES = ('region', 'terms', 'normalisation', 'border', 'scale')
 
 
@@ -159,6 +163,11 @@ class MixerSwin(SwinLike):
             dtype=dtype,
         )
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Whatever depends on the relative position alone, so that no mixer is held back by it more than another."""
+        return {name for name, _ in self.named_parameters() if name.rpartition('.')[2] in _POSITIONS}
+
 
 def _unified_factory(
         settings: Dict[str, Any],
@@ -203,12 +212,23 @@ def _other_factory(
         if mixer == 'gsa':
             return GlobalSelfAttention(dim, num_heads, feat_size, **dd)
         if mixer == 'lg':
-            coarse = max(1, min(feat_size) // min(windows[stage]))  # one window on the coarse map of this size
-            ratios = (1, coarse) if coarse > 1 else (1,)
-            return LocalGlobalAttention(
-                dim, num_heads, feat_size, ratios, windows[stage], index % 2 == 1, dynamic=dynamic, **args, **dd)
+            return LocalGlobalAttention(  # on the map, and on one window that the map is pooled to
+                dim,
+                num_heads,
+                feat_size,
+                ratios=(1, 2),
+                window_size=windows[stage],
+                shift=index % 2 == 1,
+                global_path=True,
+                dynamic=dynamic,
+                **args,
+                **dd,
+            )
+        if mixer == 'key_only':
+            return KeyOnlyAttention(dim, num_heads, kernel_size, **dd)
         gamma = 0. if mixer == 'elsa_no_ghost' else 1.
-        return ElsaAttention(dim, num_heads, kernel_size, gamma=gamma, **args, **dd)
+        return ElsaAttention(
+            dim, num_heads, kernel_size, gamma=gamma, hadamard=mixer != 'elsa_query', **args, **dd)
 
     return factory
 

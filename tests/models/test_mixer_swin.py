@@ -26,7 +26,7 @@ def test_every_mixer(mixer):
     assert flexible(torch.randn(1, 3, 33, 70)).shape == (1, 5)
 
 
-@pytest.mark.parametrize('mixer', [m for m in MIXERS if m != 'lg'])  # which has other paths at other sizes
+@pytest.mark.parametrize('mixer', MIXERS)
 def test_checkpoint_at_another_size(mixer, tmp_path):
     """A file of 64 pixels and windows of 4 gives what the model gives that is changed to the other size."""
     model = create_model('test_mixer_swin', mixer=mixer).eval()

@@ -40,6 +40,7 @@ class ElsaAttention(Mixer):
             lam: int = 0,
             gamma: float = 1.,
             qk_scale: float = 1.,
+            hadamard: bool = True,
             qkv_bias: bool = True,
             attn_drop: float = 0.,
             proj_drop: float = 0.,
@@ -59,6 +60,7 @@ class ElsaAttention(Mixer):
             lam: Exponent of the ghost head's factor, a whole number; 0 means no factor.
             gamma: Weight of the ghost head's summand; 0 means no summand.
             qk_scale: Factor of the Hadamard product.
+            hadamard: Multiply query and key; otherwise there is no key, and the query takes the product's place.
             qkv_bias: Add a bias to query, key and value.
             attn_drop: Dropout rate of the attention weights.
             proj_drop: Dropout rate of the output.
@@ -87,14 +89,15 @@ class ElsaAttention(Mixer):
         self.num_heads = num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.split_dims = (qk_dim, qk_dim, value_dim)
+        self.hadamard = hadamard
+        self.split_dims = (qk_dim, qk_dim if hadamard else 0, value_dim)
         self.lam = lam
         self.gamma = float(gamma)
         self.qk_scale = float(qk_scale)
         self.attn_drop_rate = attn_drop
 
         K = kernel_size
-        self.qkv = nn.Linear(dim, 2 * qk_dim + value_dim, bias=qkv_bias, **dd)
+        self.qkv = nn.Linear(dim, sum(self.split_dims), bias=qkv_bias, **dd)
         self.attn_conv = nn.Conv2d(
             qk_dim, qk_dim, K, padding=K // 2 * dilation, dilation=dilation, groups=qk_dim // group_width, **dd)
         self.act = act_layer()
@@ -126,7 +129,7 @@ class ElsaAttention(Mixer):
         """Map (B, H, W, dim) to values (B, H, W, value_dim) and logits (B, H, W, num_heads, kernel_size ** 2)."""
         check_map(x, self.dim)
         q, k, v = self.qkv(x).split(self.split_dims, dim=-1)
-        h = q * k  # B, H, W, qk_dim
+        h = q * k if self.hadamard else q  # B, H, W, qk_dim
         if self.qk_scale != 1.:
             h = h * self.qk_scale
         h = self.attn_conv(h.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -153,7 +156,7 @@ class ElsaAttention(Mixer):
     def extra_macs(self, shape: Sequence[int]) -> Dict[str, int]:
         """The Hadamard product of query and key; see `Mixer.extra_macs`."""
         B, H, W, _ = shape
-        return {'hadamard': B * H * W * self.split_dims[0]}
+        return {'hadamard': B * H * W * self.split_dims[1]}
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
@@ -168,7 +171,7 @@ class ElsaAttention(Mixer):
         order = order.reshape(-1, width).t().reshape(-1)  # position-major
         for name, x in self.qkv.named_parameters():
             q, k, v = x.split(self.split_dims)
-            setattr(self.qkv, name, constant(torch.cat([q[order], k[order], v])))
+            setattr(self.qkv, name, constant(torch.cat([q[order], k[order] if self.hadamard else k, v])))
         self.attn_logits.weight = constant(self.attn_logits.weight[:, order])
         self.attn_conv = RotatedDepthwiseConv2d(self.attn_conv)
         self.attn_conv.bias = constant(self.attn_conv.bias[order])
