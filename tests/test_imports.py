@@ -18,6 +18,7 @@ ROOMS = [
     {'inspect', 'export'},
     {'hub', 'dense', 'inference'},
     {'training'},
+    {'study'},
 ]
 RANK = {room: i for i, row in enumerate(ROOMS) for room in row}
 

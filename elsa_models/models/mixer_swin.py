@@ -212,11 +212,11 @@ def _other_factory(
         if mixer == 'gsa':
             return GlobalSelfAttention(dim, num_heads, feat_size, **dd)
         if mixer == 'lg':
-            return LocalGlobalAttention(  # on the map, and on one window that the map is pooled to
+            return LocalGlobalAttention(  # on the map and, but for the last stage, on one window that it is pooled to
                 dim,
                 num_heads,
                 feat_size,
-                ratios=(1, 2),
+                ratios=(1, 2) if stage + 1 < len(windows) else (1,),
                 window_size=windows[stage],
                 shift=index % 2 == 1,
                 global_path=True,
