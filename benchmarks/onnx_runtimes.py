@@ -21,7 +21,8 @@ from typing import Callable, List, Tuple
 
 import harness
 import numpy as np
-from bench import build
+import timm
+import torch
 
 from elsa_models.export import PRECISIONS, export_onnx
 
@@ -47,22 +48,30 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def export(name: str, precision: str, folder: Path, args: argparse.Namespace) -> Tuple[Path, float]:
+def build_model(name: str, size: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, img_size=size)
+
+
+def export(
+        name: str, precision: str, folder: Path, args: argparse.Namespace, build: Callable = build_model,
+) -> Tuple[Path, float]:
     """The file and the seconds that its export took in a new process, checks included; nan if it was there.
 
-    Not in this one: ONNX Runtime's thread pools are either all of a session or all shared, see `main`.
+    Not in this one: ONNX Runtime's thread pools are either all of a session or all shared, see `share_threads`.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as executor:
-        return executor.submit(_export, name, precision, folder, args).result()
+        return executor.submit(_export, name, precision, folder, args, build).result()
 
 
-def _export(name: str, precision: str, folder: Path, args: argparse.Namespace) -> Tuple[Path, float]:
+def _export(
+        name: str, precision: str, folder: Path, args: argparse.Namespace, build: Callable) -> Tuple[Path, float]:
     path = folder / f'{name}_{args.img_size}_{precision}.onnx'
     if path.exists():
         return path, float('nan')
     start = time.perf_counter()
     export_onnx(
-        build(name, args.img_size, args), path, img_size=args.img_size, dynamic_batch=False, precision=precision,
+        build(name, args.img_size), path, img_size=args.img_size, dynamic_batch=False, precision=precision,
         images=args.images if precision == 'int8' else None)
     return path, time.perf_counter() - start
 
@@ -70,7 +79,7 @@ def _export(name: str, precision: str, folder: Path, args: argparse.Namespace) -
 def make_session(path: Path, args: argparse.Namespace, profile: bool = False):
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.use_per_session_threads = False  # see main
+    options.use_per_session_threads = False  # see share_threads
     options.log_severity_level = 3
     options.enable_profiling = profile
     options.profile_file_prefix = str(path.with_suffix(''))
@@ -104,14 +113,21 @@ def print_profile(path: Path, image: np.ndarray, args: argparse.Namespace, runs:
         print(f'  {name:24s}{milliseconds / total:7.1%}  {counts[name] // runs} nodes')
 
 
+def share_threads(threads: int) -> None:
+    """Give all sessions of ONNX Runtime one pool.
+
+    The idle threads of a session's own pool spin, and so take the cores of the other side: with 2 threads on 2 cores,
+    both take twice as long.
+    """
+    import onnxruntime
+    onnxruntime.set_default_logger_severity(3)
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+
+
 def main() -> None:
     args = parse_args()
     if args.runtime == 'onnxruntime':
-        # One pool for both sides: the idle threads of a session's own pool spin, and so take the cores of the other
-        # side (with 2 threads on 2 cores, both take twice as long).
-        import onnxruntime
-        onnxruntime.set_default_logger_severity(3)
-        onnxruntime.set_global_thread_pool_sizes(args.threads, 1)
+        share_threads(args.threads)
     image = np.random.default_rng(0).standard_normal((1, 3, args.img_size, args.img_size)).astype(np.float32)
     for pair in args.pair:
         with tempfile.TemporaryDirectory() as temporary:

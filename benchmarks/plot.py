@@ -18,8 +18,8 @@ Rows = List[Dict[str, str]]
 
 def latest(rows: Rows) -> Rows:
     """The last row of each measurement."""
-    keys = ('hardware', 'device', 'dtype', 'mode', 'form', 'batch', 'img_size', 'model', 'stage', 'kernel_size',
-            'ghosts', 'backend', 'baseline')
+    keys = ('hardware', 'device', 'dtype', 'runtime', 'mode', 'form', 'batch', 'img_size', 'model', 'stage',
+            'kernel_size', 'ghosts', 'backend', 'baseline')
     return list({tuple(row.get(k, '') for k in keys): row for row in rows}.values())
 
 
@@ -122,6 +122,35 @@ def _logarithmic(axes: plt.Axes, x: str, y: str, legend: bool, ticks: Iterable[f
         axes.legend(fontsize=7)
 
 
+def draw_peers(rows: Rows, path: Path) -> None:
+    """Published accuracy against measured time, one panel for each runtime and batch."""
+    panels = groups([r for r in rows if r['top1']], 'runtime', 'batch')
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5.2), sharey=True, squeeze=False)
+    for axes, ((runtime, batch), panel) in zip(all_axes[0], panels.items()):
+        for source, marker, label in (('timm', 'o', "timm's"), ('paper', '*', 'of this package')):
+            chosen = having(panel, source=source)
+            axes.scatter(number(chosen, 'ratio'), number(chosen, 'top1'), marker=marker, s=60, label=label)
+        for row in panel:
+            axes.annotate(
+                row['model'].replace('_patch4_window7_224', '').replace('_patch16_224', ''),
+                (float(row['ratio']), float(row['top1'])), fontsize=6.5, xytext=(4, 3), textcoords='offset points')
+        _logarithmic(axes, f'time / time of {panel[0]["baseline"]} px', '', False)
+        axes.set(yscale='linear', title=f'{RUNTIMES[runtime]}, batch {batch}')
+        most = max(number(panel, 'ratio'))
+        axes.set_xlim(right=1.35 * most)  # room for the last name
+        ticks = [x for x in (.5, 1, 1.5, 2, 3, 4, 6) if x <= 1.2 * most]
+        axes.set_xticks(ticks, [f'{x:g}' for x in ticks])
+        axes.set_xticks([], minor=True)
+    all_axes[0][0].set_ylabel('ImageNet-1k top-1 (%), as published')
+    all_axes[0][0].legend(fontsize=8, loc='lower right')
+    figure.suptitle(rows[-1]['hardware'], fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(path)
+
+
+RUNTIMES = {'eager': 'PyTorch', 'onnxruntime': 'ONNX Runtime'}
 FIGURES: Dict[str, Callable[[plt.Axes, Rows, Rows], bool]] = {
     'latency': latency, 'memory': memory, 'kernel_size': kernel_size, 'roofline': roofline}
 
@@ -131,9 +160,9 @@ def main() -> None:
     parser.add_argument('--results', type=Path, default=harness.RESULTS, help='folder of the CSVs')
     parser.add_argument('--images', type=Path, default=IMAGES, help='folder of the figures')
     args = parser.parse_args()
-    models, ops = (latest(harness.read(args.results / f'{name}.csv')) for name in ('models', 'ops'))
+    models, ops, peers = (latest(harness.read(args.results / f'{name}.csv')) for name in ('models', 'ops', 'peers'))
     machines = groups([*models, *ops], 'device', 'hardware')
-    if not machines:
+    if not machines and not peers:
         parser.error(f'--results: {args.results} holds no measurements; run benchmarks/bench.py first.')
     args.images.mkdir(parents=True, exist_ok=True)
     newest = {device: hardware for device, hardware in machines}  # of several machines, the one measured last
@@ -147,6 +176,9 @@ def main() -> None:
                 figure.savefig(path, dpi=120, bbox_inches='tight')
                 print(path)
             plt.close(figure)
+    for (device,), rows in groups(peers, 'device').items():
+        rows = having(rows, hardware=rows[-1]['hardware'])
+        draw_peers(rows, args.images / f'peers_{device.partition(":")[0]}.png')
 
 
 if __name__ == '__main__':

@@ -111,3 +111,25 @@ def test_bad_options_are_named(bench, monkeypatch, capsys, options, message):
     with pytest.raises(SystemExit):
         _args(bench, monkeypatch, *options)
     assert message in capsys.readouterr().err
+
+
+def test_peers_become_rows_and_a_figure(bench, monkeypatch, tmp_path):
+    import peers
+    import plot
+    monkeypatch.setattr(peers, 'REFERENCE', 'test_resnet')
+    monkeypatch.setattr(peers, 'REFERENCE_SIZE', 64)
+    monkeypatch.setattr(peers, 'PEERS', [
+        peers.Peer('test_elsa_swin', 64, 50., peers.PAPER), peers.Peer('test_resnet', 64, 40.),
+        peers.Peer('test_vit', 160, None)])
+    options = ['--batch', '1', '--runtime', 'eager', '--runs', '2', '--min-seconds', '0', '--results', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', ['peers.py', *options])
+    monkeypatch.setattr(peers.harness, 'keep_freed_memory', lambda: None)
+    peers.main()
+    rows = bench.harness.read(tmp_path / 'peers.csv')
+    assert [(r['model'], r['img_size'], r['top1'], r['source']) for r in rows] == [
+        ('test_elsa_swin', '64', '50.0', 'paper'), ('test_resnet', '64', '40.0', 'timm'),
+        ('test_vit', '160', '', 'timm')]
+    assert all(r['baseline'] == 'test_resnet at 64' and float(r['gmacs']) > 0 for r in rows)
+    monkeypatch.setattr(sys, 'argv', ['plot.py', '--results', str(tmp_path), '--images', str(tmp_path)])
+    plot.main()
+    assert (tmp_path / 'peers_cpu.png').stat().st_size > 10_000
