@@ -6,6 +6,8 @@
     python scripts/study.py configs/study/*.yaml --shard 3/16     the third of sixteen parts
     python scripts/study.py configs/study/digits.yaml --check     make three runs anew and compare
     python scripts/study.py configs/study/*.yaml --progress       how far it is
+    python scripts/study.py configs/study/*.yaml --report         tables of docs/study.md, and figures
+    python scripts/study.py configs/study/digits.yaml --pictures  what each mixer has learned to look at
 
 Stopped at any moment, the same command goes on. Results are rows of benchmarks/results/study/NAME.csv.
 """
@@ -19,7 +21,7 @@ from timm.utils import setup_default_logging
 
 from elsa_models._files import OutputError
 from elsa_models._images import DataError
-from elsa_models.study import runner
+from elsa_models.study import pictures, report, runner
 from elsa_models.training import RecipeError
 from elsa_models.training.signals import Stopped
 
@@ -42,6 +44,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     action.add_argument('--check', type=int, nargs='?', const=3, metavar='N',
                         help='make N recorded runs anew, 3 if none is given, and compare every bit')
     action.add_argument('--progress', action='store_true', help='say how many runs there are and are recorded')
+    action.add_argument('--report', action='store_true', help='write the tables of docs/study.md and draw the figures')
+    action.add_argument('--pictures', action='store_true', help='draw the attention of the models that were kept')
     action.add_argument('--merge', type=Path, metavar='FOLDER', help='add the rows of the CSV files of another folder')
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -53,6 +57,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         if args.progress:
             for name, done, size in runner.progress(args.studies, places):
                 print(f'{name}: {done} of {size}')
+        elif args.report:
+            for path in report.report(args.studies, places, ROOT / 'docs' / 'study.md', ROOT / 'docs' / 'img'):
+                print(path)
+        elif args.pictures:
+            for path in args.studies:
+                print(pictures.draw(path, places, ROOT / 'docs' / 'img'))
         elif args.merge is not None:
             for path in args.studies:
                 print(f'{path.stem}: {places.of(path.stem).merge(args.merge / f"{path.stem}.csv")} rows added')

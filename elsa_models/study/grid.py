@@ -116,7 +116,9 @@ class Study:
             Cell(TUNE, SWAP, mixer, lr, seed) for lr in self.settings.lrs for seed in self.settings.tune_seeds]
 
     def test_cells(self, mixer: str, lr: float, reading: str) -> List[Cell]:
-        """Runs that compare a mixer."""
+        """Runs that compare a mixer. The baseline is the same network in both readings, and is run in one."""
+        if reading == MACS and mixer == self.settings.baseline and SWAP in self.settings.readings:
+            return []
         return [Cell(TEST, reading, mixer, lr, seed) for seed in self.settings.seeds]
 
     @property
@@ -124,7 +126,9 @@ class Study:
         """Number of all runs."""
         settings = self.settings
         tune = 0 if settings.lr_from is not None else len(settings.lrs) * len(settings.tune_seeds)
-        return len(settings.mixers) * (tune + len(settings.readings) * len(settings.seeds))
+        return sum(
+            tune + sum(len(self.test_cells(mixer, 0., reading)) for reading in settings.readings)
+            for mixer in settings.mixers)
 
     def recipe(self, cell: Cell, data: Path, output: Path, name: str = '') -> BaseRecipe:
         """The recipe of a run.
@@ -209,7 +213,7 @@ def macs(model: str, args: Dict[str, Any]) -> int:
 
 @cache
 def _equal_ratio(model: str, args: str, baseline: str) -> float:
-    """The MLP ratio, to 1 / 200, with which multiply-accumulates come closest to those of the baseline."""
+    """The MLP ratio with which multiply-accumulates are those of the baseline: the first near enough, or the best."""
     arguments = json.loads(args)
     target = macs(model, json.loads(baseline))
 
@@ -218,8 +222,13 @@ def _equal_ratio(model: str, args: str, baseline: str) -> float:
 
     low, high = off(1.), off(5.)
     guess = 1. - low * 4. / (high - low)
-    near = [round(guess + i / 200, 3) for i in range(-12, 13)]
-    best = min((r for r in near if r > 0.1), key=lambda r: abs(off(r)), default=None)
-    if best is None or abs(off(best)) > MACS_TOLERANCE * target:
+    found = []
+    for i in sorted(range(-12, 13), key=abs):
+        ratio = round(guess + i / 200, 3)
+        if ratio > 0.1:
+            found.append((abs(off(ratio)), ratio))
+            if found[-1][0] <= MACS_TOLERANCE / 10 * target:
+                break
+    if not found or min(found)[0] > MACS_TOLERANCE * target:
         raise RecipeError(f'{args}: no mlp_ratio makes its multiply-accumulates equal to those of {baseline}.')
-    return best
+    return min(found)[1]

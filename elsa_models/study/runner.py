@@ -18,7 +18,7 @@ from ..training.loop import CHECKPOINTS, DivergedError
 from ..training.run import RECIPE, run_job
 from ..training.signals import stopping_in_order
 from .data import Parts, prepare
-from .grid import MACS, SWAP, TEST, Cell, Study, choose_lr, find_cell
+from .grid import SWAP, TEST, Cell, Study, choose_lr, find_cell
 from .results import SAME, Results, environment
 
 _logger = logging.getLogger(__name__)
@@ -151,22 +151,16 @@ def _missing(
             cells: List[List[Cell]] = []
             for mixer in names:
                 if lrs[mixer] is not None:
-                    cells.append(study.test_cells(mixer, lrs[mixer], _reading(study, mixer, reading)))
+                    cells.append(study.test_cells(mixer, lrs[mixer], reading))
                 elif study.settings.lr_from in (None, *by_name):
                     yield study, None
                 else:
                     raise StudyError(
                         f'{study.name}: learning rates are those of {study.settings.lr_from}, which has not chosen one'
                         f' for {mixer} yet. Run it first, or both together.')
-            for of_seed in zip(*cells):
-                for cell in of_seed:
-                    if is_missing(cell):
-                        yield study, cell
-
-
-def _reading(study: Study, mixer: str, reading: str) -> str:
-    """The baseline is the same network in both readings, and is run once."""
-    return SWAP if reading == MACS and mixer == study.settings.baseline and SWAP in study.settings.readings else reading
+            for cell in sorted(sum(cells, []), key=lambda cell, study=study: study.settings.seeds.index(cell.seed)):
+                if is_missing(cell):
+                    yield study, cell
 
 
 def chosen_lrs(study: Study, places: Places) -> Dict[str, Optional[float]]:
@@ -221,7 +215,7 @@ def run_cell(
     recipe = study.recipe(cell, parts.folders[cell.phase], runs, _run_name(study, cell, digest))
     folder = runs / recipe.name
     row: Dict[str, Any] = dict(
-        cell._asdict(), digest=digest, status='done', mlp_ratio=recipe.model_args.get('mlp_ratio', ''),
+        cell._asdict(), digest=digest, status='done', score='', mlp_ratio=recipe.model_args.get('mlp_ratio', ''),
         threads=settings.threads, device=settings.device, **environment())
     start, cpu = time.perf_counter(), time.process_time()
     try:
@@ -318,8 +312,7 @@ def progress(paths: Sequence[Path], places: Places) -> List[Tuple[str, int, int]
             cells = study.tune_cells(mixer)
             for reading in study.settings.readings:
                 lr = lrs[mixer]
-                cells += study.test_cells(mixer, lr, _reading(study, mixer, reading)) if lr is not None else []
-            done += sum(
-                find_cell(rows, cell, study.digest(cell, parts.digest)) is not None for cell in dict.fromkeys(cells))
+                cells += study.test_cells(mixer, lr, reading) if lr is not None else []
+            done += sum(find_cell(rows, cell, study.digest(cell, parts.digest)) is not None for cell in cells)
         out.append((study.name, done, study.size))
     return out
