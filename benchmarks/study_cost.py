@@ -71,7 +71,7 @@ def main() -> None:
                 row = dict(**harness.describe_machine(args), study=study.name, reading=reading, mixer=mixer)
                 row.update(batch=args.batch, runs=args.runs)
                 model_args = study.model_args(mixer, reading)
-                model = timm.create_model(settings.model, device='meta', **model_args)
+                model = timm.create_model(settings.model, device='meta', num_classes=10, **model_args)
                 row.update(mlp_ratio=model_args.get('mlp_ratio', ''), macs=macs(settings.model, model_args))
                 row.update(params=sum(p.numel() for p in model.parameters()))
                 for kind, train in (('train', True), ('infer', False)):

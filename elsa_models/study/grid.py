@@ -207,8 +207,8 @@ def choose_lr(study: Study, mixer: str, rows: List[Dict[str, str]]) -> Optional[
 
 
 def macs(model: str, args: Dict[str, Any]) -> int:
-    """Multiply-accumulates of a network by its arguments."""
-    return count_macs(timm.create_model(model, device='meta', **args))
+    """Multiply-accumulates of a network for ten classes, by its arguments."""
+    return count_macs(timm.create_model(model, device='meta', num_classes=10, **args))
 
 
 @cache

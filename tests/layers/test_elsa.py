@@ -152,6 +152,26 @@ def test_width_of_query_and_key(dim, group_width, qk_dim):
     assert attn.attn_logits.weight.shape == (4 * 49, qk_dim)
 
 
+@pytest.mark.parametrize('folded', [False, True])
+def test_without_key(folded):
+    """It is the layer whose keys are all one."""
+    attn, alone = _attention(), _attention(hadamard=False)
+    q, k, v = attn.split_dims
+    assert alone.split_dims == (q, 0, v) and alone.extra_macs((1, 2, 2, 24)) == {'hadamard': 0}
+    with torch.no_grad():
+        attn.qkv.weight[q:q + k] = 0.
+        attn.qkv.bias[q:q + k] = 1.
+    state = attn.state_dict()
+    state.update({f'qkv.{name}': torch.cat([p[:q], p[q + k:]]) for name, p in attn.qkv.named_parameters()})
+    alone.load_state_dict(state)
+    if folded:
+        alone.reparameterize()
+    x = torch.randn(2, 5, 6, 24, dtype=torch.float64)
+    torch.testing.assert_close(alone(x), attn(x))
+    if not folded:
+        torch.testing.assert_close(torch.jit.script(alone)(x), attn(x))
+
+
 def test_attention_map():
     attn = _attention(kernel_size=5)
     x = torch.randn(2, 4, 6, 24, dtype=torch.float64)

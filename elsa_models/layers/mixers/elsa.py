@@ -40,11 +40,11 @@ class ElsaAttention(Mixer):
             lam: int = 0,
             gamma: float = 1.,
             qk_scale: float = 1.,
-            hadamard: bool = True,
             qkv_bias: bool = True,
             attn_drop: float = 0.,
             proj_drop: float = 0.,
             act_layer: Type[nn.Module] = nn.GELU,
+            hadamard: bool = True,
             device=None,
             dtype=None,
     ) -> None:
@@ -60,11 +60,11 @@ class ElsaAttention(Mixer):
             lam: Exponent of the ghost head's factor, a whole number; 0 means no factor.
             gamma: Weight of the ghost head's summand; 0 means no summand.
             qk_scale: Factor of the Hadamard product.
-            hadamard: Multiply query and key; otherwise there is no key, and the query takes the product's place.
             qkv_bias: Add a bias to query, key and value.
             attn_drop: Dropout rate of the attention weights.
             proj_drop: Dropout rate of the output.
             act_layer: Activation between the two convolutions.
+            hadamard: Multiply query and key; otherwise there is no key, and the query takes the product's place.
 
         Raises:
             ValueError: Sizes are no whole numbers or do not divide as said, kernel_size is even, or lam is no whole
