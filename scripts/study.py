@@ -4,6 +4,7 @@
     python scripts/study.py configs/study/digits.yaml             run what is missing
     python scripts/study.py configs/study/*.yaml --jobs 4         in four processes
     python scripts/study.py configs/study/*.yaml --shard 3/16     the third of sixteen parts
+    python scripts/study.py configs/study/*.yaml --mixers elsa window_bias
     python scripts/study.py configs/study/digits.yaml --check     make three runs anew and compare
     python scripts/study.py configs/study/*.yaml --progress       how far it is
     python scripts/study.py configs/study/*.yaml --report         tables of docs/study.md, and figures
@@ -39,6 +40,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                         help='folder of data and unfinished runs (default: %(default)s)')
     parser.add_argument('--jobs', type=int, default=1, metavar='N', help='processes (default: %(default)s)')
     parser.add_argument('--shard', type=_shard, default=(1, 1), metavar='I/N', help='part I of N, from 1')
+    parser.add_argument('--mixers', nargs='+', default=(), metavar='NAME', help='run these alone')
     parser.add_argument('--limit', type=int, metavar='N', help='stop after so many runs of each process')
     action = parser.add_mutually_exclusive_group()
     action.add_argument('--check', type=int, nargs='?', const=3, metavar='N',
@@ -73,7 +75,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             print(f'{args.check - len(differences)} of {args.check} runs are the same, bit for bit')
             return 1 if differences else 0
         else:
-            runner.run(args.studies, places, args.jobs, args.shard, args.limit)
+            runner.run(args.studies, places, args.jobs, args.shard, args.limit, args.mixers)
     except (RecipeError, DataError, OutputError, ImportError, runner.StudyError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2

@@ -51,6 +51,7 @@ def run(
         jobs: int = 1,
         shard: Tuple[int, int] = (1, 1),
         limit: Optional[int] = None,
+        mixers: Sequence[str] = (),
 ) -> None:
     """Run what has not been run yet of some studies, in their order.
 
@@ -60,15 +61,17 @@ def run(
         jobs: Processes; they and other calls of this share the work.
         shard: This part of so many, from 1. Mixers are dealt, so that no part waits for another.
         limit: Most runs that each process makes.
+        mixers: These alone, all if empty.
 
     Raises:
-        StudyError: A process has failed, or a study that chooses learning rates for another is not complete.
+        StudyError: A process has failed, a mixer is in none of the studies, or a study that chooses learning rates for
+            another is not complete.
     """
     if jobs == 1:
-        _work(paths, places, shard, limit)
+        _work(paths, places, shard, limit, mixers)
         return
     context = multiprocessing.get_context('spawn')
-    workers = [context.Process(target=_worker, args=(paths, places, shard, limit)) for _ in range(jobs)]
+    workers = [context.Process(target=_worker, args=(paths, places, shard, limit, mixers)) for _ in range(jobs)]
     with stopping_in_order():
         for worker in workers:
             worker.start()
@@ -92,11 +95,20 @@ def _worker(*args: Any) -> None:
     _work(*args)
 
 
-def _work(paths: Sequence[Path], places: Places, shard: Tuple[int, int], limit: Optional[int]) -> None:
+def _work(
+        paths: Sequence[Path],
+        places: Places,
+        shard: Tuple[int, int],
+        limit: Optional[int],
+        mixers: Sequence[str],
+) -> None:
     studies = [Study(path) for path in paths]
     parts = {study.name: prepare(study.settings, places.work / 'data') for study in studies}
     names = sorted({mixer for study in studies for mixer in study.settings.mixers})
-    mine = set(names[shard[0] - 1::shard[1]])
+    unknown = sorted(set(mixers) - set(names))
+    if unknown:
+        raise StudyError(f'{unknown[0]}: is a mixer of none of these studies.')
+    mine = set((sorted(mixers) or names)[shard[0] - 1::shard[1]])
     made = 0
     while limit is None or made < limit:
         waiting = []

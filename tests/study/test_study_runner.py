@@ -74,7 +74,9 @@ def test_stopped_anywhere(study, whole, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run([study], places)
     assert len(rows(places)) == 2
-    run([study], places, shard=(2, 2))
+    with pytest.raises(StudyError, match='elsa: is a mixer of none'):
+        run([study], places, mixers=['elsa'])
+    run([study], places, mixers=['window_bias'])
     assert {row['mixer'] for row in places.of('tiny').rows()[2:]} == {'window_bias'}
     elsewhere = Places(tmp_path / 'elsewhere', tmp_path / 'work2')
     run([study], elsewhere, shard=(1, 2))
