@@ -1,39 +1,8 @@
 #!/usr/bin/env python3
-"""Train or fine-tune a classifier: on the handwritten digits of scikit-learn, a folder of images, or a data set.
-
-    python scripts/train.py --config configs/digits.yaml
-    python scripts/train.py --config configs/folder.yaml --data FOLDER
-    torchrun --nproc-per-node 8 scripts/train.py --config configs/imagenet/elsa_swin_tiny.yaml --data FOLDER
-
-Stopped at any moment, the same command goes on from the last checkpoint.
-
-FOLDER holds one sub-folder of images for each class, or two folders of those named train and val. Every value of the
-recipe can be overridden by an option.
-"""
+"""The same as `elsa train`, from a clone."""
 import sys
-from typing import List, Optional
 
-from elsa_models.training.run import Result
-from elsa_models.training.script import train_script
-
-
-def report(result: Result) -> None:
-    """Print the accuracy of the best epoch, how to use its model, and what might help."""
-    best, recipe = result.metrics, result.job.recipe
-    print(f'held-out accuracy: {best["val_top1"]:.2f} % of {best["val_images"]} images, in epoch {best["epoch"]},'
-          ' which was chosen by them: other images are recognised less often')
-    if not recipe.pretrained and recipe.checkpoint is None and recipe.warm_start is None and recipe.data != 'digits':
-        print('what would help most: weights (--pretrained with a model that has some, see configs/finetune.yaml), then'
-              ' more images')
-    print('load the model with:')
-    print(f"  import elsa_models, timm; timm.create_model('local-dir:{result.folder / 'model'}', pretrained=True)")
-    print(f'train it further, with a schedule of its own: the same command with --model {result.folder}')
-
-
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run the program and return its exit status."""
-    return train_script(__doc__, 'classification', argv, report)
-
+from elsa_models.commands.train import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -1,23 +1,8 @@
 #!/usr/bin/env python3
-"""Train a segmenter: on drawn shapes, a folder of images and label maps, or ADE20K.
-
-    python scripts/train_segmentation.py --config configs/segmentation/shapes.yaml
-    python scripts/train_segmentation.py --config configs/segmentation/shapes.yaml --data FOLDER --name NAME
-    torchrun --nproc-per-node 8 scripts/train_segmentation.py --config configs/segmentation/ade20k_elsa_swin_tiny.yaml
-
-Stopped at any moment, the same command goes on from the last checkpoint. docs/dense.md says what FOLDER holds. Every
-value of the recipe can be overridden by an option.
-"""
+"""The same as `elsa train-segmentation`, from a clone."""
 import sys
-from typing import List, Optional
 
-from elsa_models.training.script import train_script
-
-
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run the program and return its exit status."""
-    return train_script(__doc__, 'segmentation', argv)
-
+from elsa_models.commands.train_segmentation import main
 
 if __name__ == '__main__':
     sys.exit(main())

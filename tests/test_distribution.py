@@ -27,7 +27,8 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp('built')
     source = folder / 'source'  # a copy, so that nothing that an earlier build has left is taken
     shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns('__pycache__'))
-    for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
+    shutil.copytree(ROOT / 'configs', source / 'configs')
+    for name in ('setup.cfg', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
         shutil.copy(ROOT / name, source)
     _run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, source)
     sdist, = folder.glob('*.tar.gz')
@@ -76,13 +77,14 @@ def core_python(built, tmp_path_factory):
 def test_what_is_packed(built):
     sdist, wheel = built
     sources = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob('*.py')}
+    recipes = {str(p.relative_to(ROOT)) for p in (ROOT / 'configs').rglob('*.yaml')}
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if '.dist-info/' not in n}
         licence = [n for n in archive.namelist() if n.endswith('/LICENSE')]
-    assert names == sources and licence
+    assert names == sources | {f'elsa_models/{name}' for name in recipes} and licence
     with tarfile.open(sdist) as archive:
         packed = {n.partition('/')[2] for n in archive.getnames()}
-    assert sources | {'setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'} <= packed
+    assert sources | recipes | {'setup.cfg', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'} <= packed
 
 
 PROGRAM = '''
@@ -124,6 +126,7 @@ def test_core_dependencies_suffice(core_python, tmp_path):
     env = {'HF_HOME': str(tmp_path / 'home'), 'PATH': '/usr/bin:/bin'}
     out = _run(core_python, '-c', PROGRAM, cwd=tmp_path, env=env).split()
     assert out == [metadata_version()]
+    assert 'usage: elsa COMMAND' in _run(core_python, '-m', 'elsa_models', cwd=tmp_path, env=env)
 
 
 def metadata_version():

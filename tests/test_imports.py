@@ -19,6 +19,8 @@ ROOMS = [
     {'hub', 'dense', 'inference'},
     {'training'},
     {'study'},
+    {'commands'},
+    {'__main__'},
 ]
 RANK = {room: i for i, row in enumerate(ROOMS) for room in row}
 

@@ -1,7 +1,4 @@
 """The counter behind the model table, and the table."""
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn as nn
@@ -9,6 +6,7 @@ from timm import create_model
 from timm.layers import set_fused_attn
 
 from elsa_models import ElsaAttention, set_backend
+from elsa_models.commands import models
 from elsa_models.inspect import count_macs, count_macs_by_op
 
 GMACS = {
@@ -120,16 +118,8 @@ def test_bad_size_is_refused():
         count_macs(create_model('test_elsa_volo', device='meta'), (64, 64))
 
 
-def load_script(name):
-    path = Path(__file__).parents[1] / 'scripts' / f'{name}.py'
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_model_table(capsys):
-    load_script('model_table').main(['elsa_swin_tiny', 'elsa_volo_d1_224', 'elsa_volo_d5_*'])
+    models.main(['elsa_swin_tiny', 'elsa_volo_d1_224', 'elsa_volo_d5_*'])
     header, rule, *rows = capsys.readouterr().out.strip().splitlines()
     cells = [[c.strip() for c in row.strip('|').split('|')] for row in (header, *rows)]
     assert cells[0] == [
@@ -144,5 +134,5 @@ def test_model_table(capsys):
 
 def test_model_table_of_unknown_models(capsys):
     with pytest.raises(SystemExit):
-        load_script('model_table').main(['elsa_nothing'])
+        models.main(['elsa_nothing'])
     assert "no model is named 'elsa_nothing'" in capsys.readouterr().err

@@ -290,7 +290,7 @@ def check_folder(folder: Union[str, Path]) -> Dict[str, Any]:
     for name in FILES:
         if not (folder / name).is_file() or (folder / name).is_symlink():
             raise WeightsError(
-                f'{folder}: has no file {name}. scripts/convert_checkpoint.py and scripts/train.py make such folders.')
+                f'{folder}: has no file {name}. `elsa convert` and `elsa train` make such folders.')
     try:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         architecture = config['architecture']

@@ -12,6 +12,8 @@ import yaml
 from ..models import SMALL_MODEL
 from ..models._naming import HELP as NAMES
 
+_IN_WHEEL = Path(__file__).parents[1] / 'configs'
+_RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[2] / 'configs'  # in the repository
 _MAX_DEPTH = 20  # of mappings and lists within each other
 _MAX_INT = 2 ** 31 - 1
 
@@ -251,7 +253,7 @@ class Recipe(ImageValues, BaseRecipe):
     class_balance: Optional[str] = value(None, "weight classes by their images, timm's method; with ce or bce",
                                          choices=('inv_freq', 'effective_num'))
     token_labels: Optional[str] = value(None, "train every token of a model with an aux head: 'image' gives it"
-                                              " its image's label; a folder: maps of scripts/make_token_labels.py")
+                                              " its image's label; a folder: maps of `elsa token-labels`")
     token_weight: float = value(0.5, "weight of the tokens' loss", low=0.)
 
     # evaluation: the same batches on any number of processes, and so the same bits
@@ -269,7 +271,7 @@ class Recipe(ImageValues, BaseRecipe):
 
 @dataclasses.dataclass
 class Validation(ImageValues):
-    """What scripts/validate.py measures."""
+    """What `elsa validate` measures."""
     data: Optional[str] = value(None, "as in a recipe; if none, that of the run that the model is from, else 'digits'")
     model: str = value(SMALL_MODEL, f'{NAMES}; or an ONNX file', group='model and machine')
     model_args: Dict[str, Any] = value({}, 'further arguments of the model: img_size, kernel_size, ...')
@@ -300,7 +302,8 @@ def load_recipe(
     """Read a recipe from a YAML file.
 
     Args:
-        path: File to read; None takes the default of every value.
+        path: File to read, or the name of a recipe of this package, such as 'folder' or 'imagenet/elsa_swin_tiny';
+            None takes the default of every value.
         overrides: Values that go before those of the file. Entries of a mapping are added to the file's.
         kind: Class of the recipe.
 
@@ -309,8 +312,9 @@ def load_recipe(
     """
     values = {}
     if path is not None:
+        path = _find(str(path))
         try:
-            values = _read(Path(path).read_text(encoding='utf-8')) or {}
+            values = _read(path.read_text(encoding='utf-8')) or {}
         except (OSError, ValueError) as e:
             raise RecipeError(f'{path}: cannot be read as a recipe. {e}') from e
         if not isinstance(values, dict):
@@ -326,6 +330,25 @@ def load_recipe(
         if isinstance(value, dict) and values.get(key):
             overrides[key] = {**values[key], **value}
     return kind(**{**values, **overrides})
+
+
+def recipe_names() -> List[str]:
+    """Names of the recipes of this package, which `load_recipe` takes for files."""
+    names = sorted(p.relative_to(_RECIPES).with_suffix('').as_posix() for p in _RECIPES.rglob('*.yaml'))
+    return [name for name in names if not name.startswith('study/')]  # grids of many runs
+
+
+def _find(name: str) -> Path:
+    """The file of that name or, where there is none, the recipe of this package."""
+    path = Path(name)
+    if path.is_file() or path.suffix:
+        return path
+    names = recipe_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f'did you mean {close[0]!r}?' if close else f'there are {", ".join(names)}.'
+        raise RecipeError(f'{name}: is no file, and no recipe has that name; {hint}')
+    return _RECIPES / f'{name}.yaml'
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) -> None:

@@ -46,7 +46,8 @@ def train_script(
         return 2
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--config', metavar='FILE', help='YAML recipe; without one, every value has its default')
+    parser.add_argument('--config', metavar='NAME', help='recipe of this package or YAML file; without one, every value'
+                        ' has its default')
     add_arguments(parser, kind.recipe_kind)
     overrides = vars(parser.parse_args(argv))
     setup_default_logging(logging.WARNING)

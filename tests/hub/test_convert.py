@@ -431,8 +431,7 @@ def test_publish_notices_what_the_hub_holds(hub, folder, monkeypatch):
 
 def test_scripts_publish_and_load_by_environment_variables(hub_server, folder, weights, image, tmp_path):
     code = f'''
-    sys.path.insert(0, {str(SCRIPTS)!r})
-    import publish
+    from elsa_models.commands import publish
     assert publish.main([{str(folder)!r}, 'org/{released.NAME}', '--private']) == 0
     model = timm.create_model('{released.NAME}', pretrained=True).eval()
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))

@@ -1,6 +1,4 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import timm
@@ -9,20 +7,16 @@ from helpers import keyed_state_dict
 from timm.models import save_for_hf
 
 import elsa_models
+from elsa_models.commands import export
 
 onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
-SCRIPT = Path(__file__).parents[2] / 'scripts' / 'export_onnx.py'
-
 
 @pytest.fixture(scope='module')
 def main():
-    spec = importlib.util.spec_from_file_location('export_onnx_script', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *arguments: module.main([str(x) for x in arguments])
+    return lambda *arguments: export.main([str(x) for x in arguments])
 
 
 def _input(path):

@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -10,20 +9,10 @@ import timm
 import torch
 from PIL import Image
 
+from elsa_models.commands.predict import main as predict
+from elsa_models.commands.validate import main as validate
 from elsa_models.models._saving import save_folder
 from elsa_models.training import ClassificationJob, Recipe, load_splits, run_job
-
-ROOT = Path(__file__).parents[2]
-
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'scripts' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-validate, predict = _load('validate'), _load('predict')
 
 
 @pytest.fixture(scope='module')
