@@ -169,14 +169,30 @@ class Study:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def find_cell(rows: Iterable[Dict[str, str]], cell: Cell, digest: Optional[str] = None) -> Optional[Dict[str, str]]:
-    """The last row of a run among those of its study, of that digest alone if one is given."""
+def find_cell(
+        study: Study,
+        rows: Iterable[Dict[str, str]],
+        cell: Cell,
+        data: Optional[str] = None,
+) -> Optional[Dict[str, str]]:
+    """The last row of a run as the study would make it today.
+
+    Args:
+        study: The study.
+        rows: Its results.
+        cell: Which run.
+        data: Digest of the data that it must be of, None for any.
+    """
     found = None
     for row in rows:
-        if (row['phase'], row['reading'], row['mixer'], float(row['lr']), int(row['seed'])) == tuple(cell):
-            if digest is None or row['digest'] == digest:
-                found = row
+        if cell_of(row) == cell and row['digest'] == study.digest(cell, row['data'] if data is None else data):
+            found = row
     return found
+
+
+def cell_of(row: Dict[str, str]) -> Cell:
+    """The run that a row tells of."""
+    return Cell(row['phase'], row['reading'], row['mixer'], float(row['lr']), int(row['seed']))
 
 
 def choose_lr(study: Study, mixer: str, rows: List[Dict[str, str]]) -> Optional[float]:
@@ -195,7 +211,7 @@ def choose_lr(study: Study, mixer: str, rows: List[Dict[str, str]]) -> Optional[
     """
     found = []
     for lr in study.settings.lrs:
-        of_lr = [find_cell(rows, cell) for cell in study.tune_cells(mixer) if cell.lr == lr]
+        of_lr = [find_cell(study, rows, cell) for cell in study.tune_cells(mixer) if cell.lr == lr]
         if None in of_lr:
             return None
         if all(row['status'] == 'done' for row in of_lr):

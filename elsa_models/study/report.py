@@ -6,7 +6,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .._extras import require
 from .._files import write_atomically
-from .grid import MACS, SWAP, TEST, Study, macs
+from .grid import MACS, SWAP, TEST, Study, cell_of, find_cell, macs
 from .runner import Places, chosen_lrs
 from .statistics import Interval, interval, paired
 
@@ -66,8 +66,10 @@ class Outcome:
         for row in self.rows:
             mixer, reading = row['mixer'], row['reading']
             lr = self.lrs.get(mixer)
-            if row['phase'] != TEST or lr is None or float(row['lr']) != lr:
+            if row['phase'] != TEST or lr is None or float(row['lr']) != lr or reading not in self.scores:
                 continue
+            if row['digest'] != study.digest(cell_of(row), row['data']):
+                continue  # of a former recipe
             if row['status'] != 'done':
                 self.diverged.append(f'{mixer} (seed {row["seed"]})')
                 continue
@@ -80,9 +82,8 @@ class Outcome:
         """Runs recorded, as far as they count, and runs in all."""
         settings = self.study.settings
         tune = sum(
-            (row['mixer'], float(row['lr']), int(row['seed'])) in {
-                (cell.mixer, cell.lr, cell.seed) for m in settings.mixers for cell in self.study.tune_cells(m)}
-            for row in self.rows if row['phase'] != TEST)
+            find_cell(self.study, self.rows, cell) is not None
+            for mixer in settings.mixers for cell in self.study.tune_cells(mixer))
         test = sum(
             len(seeds) for reading, scores in self.scores.items() for mixer, seeds in scores.items()
             if reading == settings.readings[0] or mixer != settings.baseline)

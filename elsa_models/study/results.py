@@ -18,7 +18,7 @@ from .._version import __version__
 _logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    'phase', 'reading', 'mixer', 'lr', 'seed', 'digest',  # which run
+    'phase', 'reading', 'mixer', 'lr', 'seed', 'data', 'digest',  # which run, of which data
     'status',  # 'done' or 'diverged'
     'score', 'loss', 'train_loss',  # top-1 accuracy or mean IoU in percent, and losses, of the last epoch
     'weights',  # digest of all weights and buffers

@@ -18,7 +18,7 @@ from ..training.loop import CHECKPOINTS, DivergedError
 from ..training.run import RECIPE, run_job
 from ..training.signals import stopping_in_order
 from .data import Parts, prepare
-from .grid import SWAP, TEST, Cell, Study, choose_lr, find_cell
+from .grid import SWAP, TEST, Cell, Study, cell_of, choose_lr, find_cell
 from .results import SAME, Results, environment
 
 _logger = logging.getLogger(__name__)
@@ -118,13 +118,13 @@ def _work(
                 continue
             with _claim(places, study, cell) as ours:
                 results = places.of(study.name)
-                digest = study.digest(cell, parts[study.name].digest)
-                if not ours or find_cell(results.rows(), cell, digest) is not None:
+                data = parts[study.name].digest
+                if not ours or find_cell(study, results.rows(), cell, data) is not None:
                     waiting.append(study.name)
                     continue
                 row = run_cell(study, cell, parts[study.name], places.work / 'runs', places.model(study, cell.mixer))
                 results.add([row])
-                remove(places.work / 'runs' / _run_name(study, cell, digest))
+                remove(places.work / 'runs' / _run_name(study, cell, study.digest(cell, data)))
             made += 1
             _logger.info(
                 '%s %s: %s, %s s', study.name, cell, row['score'] or row['status'], row['seconds'])
@@ -152,7 +152,7 @@ def _missing(
         names = [name for name in study.settings.mixers if name in mixers]
 
         def is_missing(cell, study=study, rows=rows):
-            return find_cell(rows, cell, study.digest(cell, parts[study.name].digest)) is None
+            return find_cell(study, rows, cell, parts[study.name].digest) is None
 
         for mixer in names:
             for cell in study.tune_cells(mixer):
@@ -227,8 +227,9 @@ def run_cell(
     recipe = study.recipe(cell, parts.folders[cell.phase], runs, _run_name(study, cell, digest))
     folder = runs / recipe.name
     row: Dict[str, Any] = dict(
-        cell._asdict(), digest=digest, status='done', score='', mlp_ratio=recipe.model_args.get('mlp_ratio', ''),
-        threads=settings.threads, device=settings.device, **environment())
+        cell._asdict(), data=parts.digest, digest=digest, status='done', score='',
+        mlp_ratio=recipe.model_args.get('mlp_ratio', ''), threads=settings.threads, device=settings.device,
+        **environment())
     start, cpu = time.perf_counter(), time.process_time()
     try:
         with stopping_in_order():
@@ -289,7 +290,7 @@ def check(paths: Sequence[Path], places: Places, number: int = 3) -> List[str]:
             continue
         parts = prepare(study.settings, places.work / 'data')
         for row in rows:
-            cell = Cell(row['phase'], row['reading'], row['mixer'], float(row['lr']), int(row['seed']))
+            cell = cell_of(row)
             current = cell.mixer in study.settings.mixers and row['digest'] == study.digest(cell, parts.digest)
             if current:
                 found.append((study, parts, cell, row))
@@ -325,6 +326,6 @@ def progress(paths: Sequence[Path], places: Places) -> List[Tuple[str, int, int]
             for reading in study.settings.readings:
                 lr = lrs[mixer]
                 cells += study.test_cells(mixer, lr, reading) if lr is not None else []
-            done += sum(find_cell(rows, cell, study.digest(cell, parts.digest)) is not None for cell in cells)
+            done += sum(find_cell(study, rows, cell, parts.digest) is not None for cell in cells)
         out.append((study.name, done, study.size))
     return out

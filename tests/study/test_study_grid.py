@@ -17,10 +17,10 @@ def make(folder, name='tiny', **changes):
     return Study(path)
 
 
-def row(cell, score, digest='', status='done'):
+def row(study, cell, score):
     return dict(
-        {k: str(v) for k, v in cell._asdict().items()}, digest=digest, status=status, score=str(score), loss='1.',
-        train_loss='1.')
+        {k: str(v) for k, v in cell._asdict().items()}, data='', digest=study.digest(cell, ''), status='done',
+        score=str(score), loss='1.', train_loss='1.')
 
 
 def test_mixers_and_readings(tmp_path):
@@ -52,15 +52,16 @@ def test_digest_is_of_what_decides_the_result(tmp_path):
 def test_learning_rate_of_the_best_score(tmp_path):
     study = make(tmp_path, tune_seeds=[7, 8])
     cells = study.tune_cells('own')
-    rows = [row(cell, 50 + 10 * cell.lr) for cell in cells]
+    rows = [row(study, cell, 50 + 10 * cell.lr) for cell in cells]
     assert choose_lr(study, 'own', rows) == .2
     assert choose_lr(study, 'own', rows[:-1]) is None  # not complete
+    assert choose_lr(make(tmp_path, tune_seeds=[7, 8], threads=2), 'own', rows) is None  # of other runs
     rows[-1]['status'] = 'diverged'
     assert choose_lr(study, 'own', rows) == .1
     rows[0]['status'] = 'diverged'
     with pytest.raises(RecipeError, match='own diverges at every'):
         choose_lr(study, 'own', rows)
-    equal = [dict(row(cell, 50), loss=str(cell.lr)) for cell in cells]
+    equal = [dict(row(study, cell, 50), loss=str(cell.lr)) for cell in cells]
     assert choose_lr(study, 'own', equal) == .1  # of the lower loss
 
 
@@ -69,7 +70,7 @@ def test_learning_rates_of_another_study(tmp_path):
     assert second.tune_cells('own') == [] and second.size == 3 * 3 + 2 * 3
     places = Places(tmp_path / 'results', tmp_path / 'work')
     assert chosen_lrs(second, places) == dict.fromkeys(MIXERS)
-    places.of('tiny').add(row(cell, cell.lr) for mixer in MIXERS for cell in first.tune_cells(mixer))
+    places.of('tiny').add(row(first, cell, cell.lr) for mixer in MIXERS for cell in first.tune_cells(mixer))
     assert chosen_lrs(second, places) == dict.fromkeys(MIXERS, .2)
 
 
@@ -84,7 +85,7 @@ def test_order_and_shards(tmp_path):
 
     tune = missing(set(MIXERS))
     assert {cell.phase for cell in tune} == {'tune'} and len(tune) == 6
-    places.of(study.name).add(row(cell, cell.lr, study.digest(cell, '')) for cell in tune)
+    places.of(study.name).add(row(study, cell, cell.lr) for cell in tune)
     test = missing(set(MIXERS))
     assert len(test) == study.size - len(tune)
     assert [cell.seed for cell in test if cell.reading == 'swap'] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
