@@ -97,7 +97,7 @@ def draw(path: Path, places: Places, images: Path) -> Path:
         of_row[1].set_title(row.mixer, fontsize=9, loc='left')
         for ax, weights in zip(of_row[1:], row.heads):
             limit = weights.abs().max().item() or 1.
-            ax.imshow(weights, cmap='RdBu_r', vmin=-limit, vmax=limit)
+            ax.imshow(weights.numpy(), cmap='RdBu_r', vmin=-limit, vmax=limit)
     out = images / f'study_weights_{study.name}.png'
     figure.savefig(out, dpi=100, metadata={'Software': None})
     return out

@@ -2,10 +2,12 @@
 import csv
 
 import pytest
+import timm
+import torch
 import yaml
 from PIL import Image
 
-from elsa_models.study import report, runner
+from elsa_models.study import pictures, report, runner
 from elsa_models.study.runner import Places, StudyError, check, progress, run
 
 MIXERS = {'window_bias': None, 'depthwise': None}
@@ -121,6 +123,21 @@ def test_diverged_runs_are_rows(study, tmp_path, monkeypatch):
     run([study], places, limit=1)
     row, = places.of('tiny').rows()
     assert row['status'] == 'diverged' and row['score'] == ''
+
+
+def test_pictures(study, whole, tmp_path):
+    assert pictures.draw(study, whole, tmp_path).stat().st_size > 1000
+    model = timm.create_model('test_mixer_swin', mixer='elsa')
+    heads = pictures.look(model, torch.randn(3, 64, 64))
+    assert [tuple(x.shape) for x in heads] == [(5, 5)] * 4  # of attention and of the ghost head
+    torch.testing.assert_close(heads[0].sum(), torch.ones(()))
+
+
+@pytest.mark.slow  # three processes import torch
+def test_processes_share_the_runs(study, whole, tmp_path):
+    places = Places(tmp_path / 'results', tmp_path / 'work')
+    run([study], places, jobs=2)
+    assert rows(places) == rows(whole)
 
 
 def test_report(study, whole, tmp_path):
