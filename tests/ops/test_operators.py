@@ -280,7 +280,7 @@ def test_error_at_most_twice_that_of_plain_pytorch(form, variant, kernel_size, d
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_sums_in_float32(form, variant, dtype):
     # what is left is the rounding of the result itself, half a unit in the last place
-    problem = form.problem(shape=(2, 10, 17, 12), kernel_size=7, variant=variant)
+    problem = form.problem(shape=(2, 5, 8, 12), kernel_size=7, variant=variant)
     tensors = problem.draw(dtype, form.device)
     grad = _upstream(problem, tensors)
     exact, actual = _reference(problem, tensors, grad), _run(form.of(problem), tensors, grad)
@@ -375,7 +375,7 @@ def test_same_bits_in_every_run_and_batch(form, variant, dtype):
 def test_reads_no_uninitialised_memory(form, variant):
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
     try:
-        _check(form, form.problem(shape=(2, 15, 16, 6), kernel_size=5, variant=variant))
+        _check(form, form.problem(shape=(2, 9, 8, 6), kernel_size=5, variant=variant))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -449,7 +449,7 @@ def test_compile(form, variant, fresh_compiler):
         return call(2 * first, second, 3, 2, third, fourth, **options, backend=form.name).tanh()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
-    for batch, height, width in ((2, 5, 7), (3, 4, 17), (2, 30, 8), (4, 2, 3)):  # the first are no two alike
+    for batch, height, width in ((2, 5, 7), (3, 4, 9), (2, 9, 4), (4, 2, 3)):  # the first are no two alike
         problem = form.problem(shape=(batch, height, width, 6), dilation=2, variant=variant)
         tensors = problem.draw(device=form.device)
         grad = _upstream(problem, tensors)
