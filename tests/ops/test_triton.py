@@ -290,10 +290,11 @@ def _interpret(*arguments, timeout=900):
 
 
 # a part of the suite that takes under two minutes: all of it takes some twenty
+ALL = '(cpu-ma or cpu-rcx)'  # the variants that have everything
 QUICK = 'triton-cpu and (' + ' or '.join([
-    'matches_reference and 3-3 and (cpu-ma or cpu-rcx)', 'sums_in_float32 and bfloat16 and (cpu-ma or cpu-rcx)', 'extreme_logits',
-    'taps_outside', 'any_strides and _sliced-_sliced', 'batch_and_heads and 5-35-0 and (cpu-ma or cpu-rcx)',
-    'output_is_contiguous', 'uninitialised and (cpu-ma or cpu-rcx)', 'keeps_only', 'before_the_ghost_head', 'without_softmax',
+    f'matches_reference and 3-3 and {ALL}', f'sums_in_float32 and bfloat16 and {ALL}', 'extreme_logits',
+    'taps_outside', 'any_strides and _sliced-_sliced', f'batch_and_heads and 5-35-0 and {ALL}',
+    'output_is_contiguous', f'uninitialised and {ALL}', 'keeps_only', 'before_the_ghost_head', 'without_softmax',
     'no_gradient_wanted', 'not_written', 'test_compile', 'checkpointing', 'double_backward',
 ]) + ')'
 
