@@ -15,7 +15,15 @@ from timm.models._hub import hf_split
 from ..models._checkpoint import WeightsError, filter_of, fit_weights, read_checkpoint, set_weights_finder
 from ..models._family import family_of
 from .cache import CacheEntry, cache_root, sha256_of
-from .sources import SourceError, download_from_drive, download_from_hub, download_from_web, drive_id, explain
+from .sources import (
+    SourceError,
+    download_from_drive,
+    download_from_hub,
+    download_from_web,
+    drive_id,
+    explain,
+    reaching_hub,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -222,4 +230,4 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Optional[Union[str, Path]] = Non
     return _find_released(cfg, cache_dir)
 
 
-set_weights_finder(find_weights, explain)
+set_weights_finder(find_weights, explain, reaching_hub)

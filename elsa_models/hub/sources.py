@@ -5,29 +5,35 @@ import http.client
 import os
 import re
 import shutil
+import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional, Union
+from typing import Iterator, Optional, Union
 from urllib.parse import parse_qs, urlsplit
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants, get_session, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from .._extras import how_to_install
 from .._version import __version__
-from ..models._checkpoint import WEIGHT_FILES, WeightsError, quiet_retries
+from ..models._checkpoint import WEIGHT_FILES, WeightsError
 from .cache import sha256_of
 
 _TIMEOUT = 30.  # seconds without a byte, of downloads from Google Drive and the web
 _RETRIES = 3
+_PAUSE = 1.  # seconds between two looks for the hub
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 INSTALL_GDOWN = how_to_install('hub')
 SET_TOKEN = 'hf auth login (or export HF_TOKEN=...), with a token that may read the repository'
 SET_CACHE = 'export ELSA_CACHE=FOLDER HF_HOME=FOLDER, a folder that can be written and has room'
 GO_ONLINE = 'unset HF_HUB_OFFLINE, once, to fill the cache'
+
+
+_unreachable: Optional[Exception] = None  # why the hub does not answer, while `reaching_hub` works without it
 
 
 class SourceError(WeightsError):
@@ -60,7 +66,7 @@ def explain(error: BaseException) -> SourceError:
         fix = SET_TOKEN
     elif any(isinstance(e, OSError) and e.errno in _UNWRITABLE for e in chain):
         fix = SET_CACHE
-    elif constants.is_offline_mode():
+    elif constants.is_offline_mode() and _unreachable is None:
         fix = GO_ONLINE
     return SourceError(reason, fix)
 
@@ -92,6 +98,46 @@ def _matches_its_name(path: Path) -> bool:
     return True
 
 
+def _why_unreachable() -> Optional[Exception]:
+    """Why the hub gives no answer of any kind, None if it does or is not to be asked; looks twice."""
+    for is_last_try in (False, True):
+        if constants.is_offline_mode():
+            return None
+        try:
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            return None
+        except Exception as e:  # of httpx2, of the operating system
+            if is_last_try:
+                return e
+            time.sleep(_PAUSE)
+    raise AssertionError('unreachable')
+
+
+@contextmanager
+def reaching_hub() -> Iterator[None]:
+    """Let timm and huggingface_hub download, or find in the cache; without a network they do not try for a minute.
+
+    huggingface_hub asks six times for each of the names that a file may have, and tells of each time. Where the hub
+    does not answer at all, it works as with HF_HUB_OFFLINE here, which is as good for others meanwhile.
+
+    Raises:
+        Exception: Why the hub does not answer, where the cache is not enough.
+    """
+    global _unreachable
+    former = (_unreachable, constants.HF_HUB_OFFLINE)
+    why = _unreachable or _why_unreachable()
+    if why is None:
+        yield
+        return
+    _unreachable, constants.HF_HUB_OFFLINE = why, True
+    try:
+        yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise why from None
+    finally:
+        _unreachable, constants.HF_HUB_OFFLINE = former
+
+
 def download_from_hub(
         repo_id: str,
         revision: Optional[str] = None,
@@ -117,7 +163,7 @@ def download_from_hub(
     for name in names:
         for is_last_try in (False, True):
             try:
-                with quiet_retries():
+                with reaching_hub():
                     path = Path(hf_hub_download(
                         repo_id,
                         name,

@@ -1,12 +1,11 @@
 """Reading checkpoint files, and building a model around one."""
 import dataclasses
-import logging
 import math
 import pickle
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, ContextManager, Dict, Iterator, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -24,7 +23,6 @@ _MAX_CONFIG_INT = 16384  # no size of a model is larger, and what a config.json 
 _MAX_CONFIG_DEPTH = 1024  # blocks of a model, all stages together
 _DEPTHS = ('depth', 'depths', 'layers', 'num_class_blocks')  # arguments that are numbers of blocks
 _SNIFFED = 512  # bytes
-_RETRY_NOISE = ('thrown while requesting', 'Retrying in')
 _MAX_NAMES = 12  # listed in one message
 _MAX_CHARS = 100
 _WINDOW_TABLES = tuple([f'.relative_{what}_table' for what in ('position_bias', 'key', 'query')])  # by offset
@@ -39,9 +37,14 @@ class WeightsError(RuntimeError):
 WeightsFinder = Callable[[PretrainedCfg, Optional[Union[str, Path]]], Optional[Path]]
 _find_weights: Optional[WeightsFinder] = None
 _explain: Optional[Callable[[BaseException], WeightsError]] = None
+_reach: Optional[Callable[[], ContextManager[None]]] = None
 
 
-def set_weights_finder(finder: WeightsFinder, explain: Callable[[BaseException], WeightsError]) -> None:
+def set_weights_finder(
+        finder: WeightsFinder,
+        explain: Callable[[BaseException], WeightsError],
+        reach: Callable[[], ContextManager[None]],
+) -> None:
     """Let `build_model` ask `finder` for weights that are neither in memory nor in a file.
 
     Models know nothing of downloads; `elsa_models.hub` does, imports models, and names itself here.
@@ -49,9 +52,10 @@ def set_weights_finder(finder: WeightsFinder, explain: Callable[[BaseException],
     Args:
         finder: Raises `WeightsError` for weights that it should find and cannot.
         explain: Makes a `WeightsError` of whatever a failed download raises.
+        reach: Surrounds downloads by timm and huggingface_hub.
     """
-    global _find_weights, _explain
-    _find_weights, _explain = finder, explain
+    global _find_weights, _explain, _reach
+    _find_weights, _explain, _reach = finder, explain, reach
 
 
 def explain_download(error: BaseException) -> WeightsError:
@@ -59,18 +63,9 @@ def explain_download(error: BaseException) -> WeightsError:
     return WeightsError(f'{type(error).__name__}: {error}') if _explain is None else _explain(error)
 
 
-@contextmanager
-def quiet_retries() -> Iterator[None]:
-    """Keep huggingface_hub from telling of each attempt without a network; the last one raises what all of them say."""
-    def is_news(record: logging.LogRecord) -> bool:
-        return not any(words in record.getMessage() for words in _RETRY_NOISE)
-
-    logger = logging.getLogger('huggingface_hub.utils._http')
-    logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_news)
+def reaching_hub() -> ContextManager[None]:
+    """What surrounds downloads by timm and huggingface_hub, so that they fail at once without a network."""
+    return nullcontext() if _reach is None else _reach()
 
 
 def read_checkpoint(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:

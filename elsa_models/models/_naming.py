@@ -1,14 +1,16 @@
 """One way to name a model, wherever one may be named."""
 import difflib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Union
 
 import timm
 import torch.nn as nn
 
-from ._checkpoint import WeightsError, quiet_retries, read_checkpoint
+from ._checkpoint import WeightsError, explain_download, reaching_hub, read_checkpoint
 from ._family import families
 
+_HUB = ('hf-hub:', 'hf_hub:')
 _CONFIG, _RECIPE, _CHECKPOINTS = 'config.json', 'recipe.yaml', 'checkpoints'
 HELP = 'name of timm, hf-hub:OWNER/NAME, local-dir:FOLDER, or the path of a run, a saved folder or a checkpoint'
 
@@ -42,7 +44,7 @@ def find_model(name: Union[str, Path]) -> ModelSource:
         ModelError: It stands for nothing; names those that are near.
     """
     text = str(name)
-    if text.startswith(('hf-hub:', 'hf_hub:')) or timm.is_model(text.partition('.')[0]):
+    if text.startswith(_HUB) or timm.is_model(text.partition('.')[0]):
         return ModelSource(text)
     path = Path(text.partition(':')[2] if text.startswith('local-dir:') else text)
     if path.is_dir():
@@ -132,8 +134,9 @@ def create_named(
         overlay = dict(file=str(file))
         if num_classes is not None and (keep_classifier or checkpoint is None):
             overlay.update(num_classes=num_classes)  # those of the file, or timm leaves its classifier out
+    by_name = source.name.startswith(_HUB) or pretrained and file is None and source.path is None
     try:
-        with quiet_retries():
+        with reaching_hub() if by_name else nullcontext():
             return timm.create_model(
                 source.name,
                 pretrained=pretrained or overlay is not None or source.path is not None,
@@ -146,6 +149,8 @@ def create_named(
     except (TypeError, ValueError, RuntimeError, FileNotFoundError, AttributeError, LookupError, AssertionError) as e:
         reason = str(e) or f'timm refuses it ({type(e).__name__}).'
         raise ModelError(f'model: {str(name)!r} with model_args {model_args} is not possible. {reason}') from e
+    except Exception as e:  # of httpx2, of huggingface_hub
+        raise WeightsError(f'{str(name)!r} could not be had. {explain_download(e)}'.rstrip('.') + '.') from e
 
 
 def _num_classes(source: ModelSource) -> Optional[int]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.models import adapt_input_conv
 
-from ._checkpoint import WeightsError, explain_download, fit_positions, quiet_retries, read_checkpoint, unwrap
+from ._checkpoint import WeightsError, explain_download, fit_positions, reaching_hub, read_checkpoint, unwrap
 from ._family import family_of
 from ._naming import near_names
 
@@ -101,7 +101,7 @@ def _read_source(source: Union[str, Path, nn.Module], use_ema: bool) -> Tuple[st
         if name.startswith(_HUB_SCHEMES) or timm.is_model(name.partition('.')[0]):
             try:
                 # what the source's constructor draws is nobody's business
-                with torch.random.fork_rng(devices=[]), quiet_retries():
+                with torch.random.fork_rng(devices=[]), reaching_hub():
                     return name, timm.create_model(name, pretrained=True).state_dict()
             except WeightsError:
                 raise

@@ -62,10 +62,25 @@ def _refuse_gpu(index: Optional[int]) -> Optional[str]:
         return f'it needs compute capability 8.0, got {capability[0]}.{capability[1]}.'
     try:
         import triton.language  # noqa: F401
+        _ready()
     except Exception as error:  # whatever a broken installation raises: PyTorch alone can serve
         _logger.warning('Triton is installed but does not work: %r. PyTorch alone computes, which is slower.', error)
-        return f'Triton cannot be imported: {error!r}.'
+        return f'Triton does not work: {error!r}.'
     return None
+
+
+def _ready() -> None:
+    """Require what every kernel needs: Triton's driver, which a C compiler makes once, and its cache on the disk.
+
+    Raises:
+        Exception: What is missing, in Triton's own words.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+    driver.active  # noqa: B018, makes it
+    os.makedirs(knobs.cache.dir, exist_ok=True)
+    if not os.access(knobs.cache.dir, os.W_OK):
+        raise PermissionError(f'{knobs.cache.dir} cannot be written; TRITON_CACHE_DIR names another folder')
 
 
 class Problem:

@@ -49,7 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         length = int(self.headers.get('Content-Length') or 0)
         body = self.rfile.read(length) if length else b''
-        if 'agent-harnesses' not in self.path:  # huggingface_hub asks once in a while, of its own accord
+        # huggingface_hub asks for the one once in a while, of its own accord; the other is a look whether we are there
+        if 'agent-harnesses' not in self.path and self.path != '/':
             self.server.requests.append((method, self.path, dict(self.headers)))
         try:
             self.server.owner.answer(self, method, unquote(parts.path), parse_qs(parts.query), body)

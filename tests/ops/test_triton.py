@@ -198,6 +198,7 @@ def test_refuses_without_triton(monkeypatch):
 def test_refuses_other_gpus(cuda, capability, expected, monkeypatch, fresh_compiler):
     monkeypatch.setattr(torch.version, 'cuda', cuda)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
+    monkeypatch.setattr(_triton, '_ready', lambda: None)  # here is no GPU
     _triton._refuse_gpu.cache_clear()
     try:
         reason = _triton._refuse_gpu(0)
@@ -209,13 +210,40 @@ def test_refuses_other_gpus(cuda, capability, expected, monkeypatch, fresh_compi
         _triton._refuse_gpu.cache_clear()
 
 
-def test_a_triton_that_does_not_import_is_warned_of_once(monkeypatch, caplog):
+def _no_compiler(monkeypatch, tmp_path):
+    from triton.runtime import driver
+
+    def fail():
+        raise RuntimeError('Failed to find C compiler.')
+
+    monkeypatch.setattr(sys.modules[type(driver).__module__], '_create_driver', fail)
+    for name in ('_active', '_default'):
+        monkeypatch.setattr(driver, name, None)
+
+
+def _unwritable_cache(monkeypatch, tmp_path):
+    from triton import knobs
+    from triton.runtime import driver
+    (tmp_path / 'file').touch()
+    monkeypatch.setattr(driver, '_active', object())
+    monkeypatch.setattr(knobs.cache, 'dir', str(tmp_path / 'file' / 'cache'))
+
+
+def _no_import(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'triton.language', None)
+
+
+@pytest.mark.parametrize('spoil, reason', [
+    (_no_import, 'triton.language'), (_no_compiler, 'Failed to find C compiler'), (_unwritable_cache, 'NotADirectory'),
+])
+def test_a_triton_that_does_not_work_is_warned_of_once(monkeypatch, caplog, tmp_path, spoil, reason):
+    pytest.importorskip('triton')
     monkeypatch.setattr(torch.version, 'cuda', '13.2')
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: (9, 0))
-    monkeypatch.setitem(sys.modules, 'triton.language', None)
+    spoil(monkeypatch, tmp_path)
     _triton._refuse_gpu.cache_clear()
     try:
-        assert all('cannot be imported' in _triton._refuse_gpu(0) for _ in range(3))
+        assert all(reason in _triton._refuse_gpu(0) for _ in range(3))
     finally:
         _triton._refuse_gpu.cache_clear()
     assert caplog.text.count('Triton is installed but does not work') == 1
