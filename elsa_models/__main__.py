@@ -1,7 +1,7 @@
 """`python -m elsa_models` is the command `elsa`."""
 import sys
 
-from .commands import main
+from elsa_command import main
 
 if __name__ == '__main__':
     sys.exit(main())

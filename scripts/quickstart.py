@@ -3,13 +3,18 @@
 
     python3 scripts/quickstart.py                                  # handwritten digits
     python3 scripts/quickstart.py --data FOLDER                    # one sub-folder of images for each class
-    python3 scripts/quickstart.py --help                           # further options, those of scripts/train.py
+    python3 scripts/quickstart.py --no-venv                        # into the environment of this python3
+    python3 scripts/quickstart.py --help                           # further options, those of `elsa train`
 
-The environment is .venv in the repository. A complete one is used again, a half-made one is repaired.
+The environment is .venv in the repository. A complete one is used again, a half-made one is repaired. --torch cpu takes
+PyTorch's build without CUDA, a fifth of the size, --torch pypi that of PyPI; without either, it is the former on Linux
+without an NVIDIA GPU. A PyTorch that is there already stays, if it is not too old.
 """
 import argparse
+import configparser
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / '.venv'
 OLDEST = (3, 10)
+CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
 
 
 def python_of(venv, os_name=os.name):
@@ -30,11 +36,13 @@ def fingerprint(root):
     return hashlib.sha256(content).hexdigest()
 
 
-def check_python(version=sys.version_info):
+def check_python(version=sys.version_info, needs_venv=True):
     """Stop with a message where this Python cannot do the job."""
     if tuple(version[:2]) < OLDEST:
         sys.exit('error: this is Python {}.{}, but {}.{} or later is needed. Run the script with a later one, such as'
                  ' python3.12 scripts/quickstart.py'.format(*tuple(version[:2]) + OLDEST))
+    if not needs_venv:
+        return
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
@@ -52,7 +60,35 @@ def works(python):
         return False
 
 
-def prepare(root=ROOT, venv=VENV):
+def is_small(torch, system=sys.platform):
+    """Whether to install PyTorch's build without CUDA; PyPI's builds for other systems than Linux are that anyway."""
+    if torch != 'auto':
+        return torch == 'cpu'
+    return system == 'linux' and shutil.which('nvidia-smi') is None and not Path('/dev/nvidia0').exists()
+
+
+def install(python, root, torch):
+    """Install the package and what it needs, and leave alone what is there and new enough.
+
+    Raises:
+        subprocess.CalledProcessError: It failed.
+    """
+    print('installing the package and what it needs; PyTorch is large, this takes a few minutes', flush=True)
+    pip = [str(python), '-m', 'pip', 'install', '--disable-pip-version-check']
+    if is_small(torch):
+        config = configparser.ConfigParser()
+        config.read(str(root / 'setup.cfg'))
+        needed = [r for r in config['options']['install_requires'].split() if r.startswith('torch')]
+        try:
+            subprocess.check_call([*pip, '--retries', '1', '--timeout', '20', '--index-url', CPU_INDEX, *needed])
+        except subprocess.CalledProcessError:
+            if torch == 'cpu':
+                raise
+            print(f'{CPU_INDEX} cannot be had: installing the large build of PyPI', flush=True)
+    subprocess.check_call([*pip, '-e', f'{root}[train,onnx]'])
+
+
+def prepare(root=ROOT, venv=VENV, torch='auto'):
     """Make the environment complete, and return its interpreter.
 
     Raises:
@@ -66,63 +102,60 @@ def prepare(root=ROOT, venv=VENV):
     if not works(python):
         print(f'creating the environment {venv}', flush=True)
         subprocess.check_call([sys.executable, '-m', 'venv', '--clear', str(venv)])
-    print('installing the package and what it needs; PyTorch is large, this takes a few minutes', flush=True)
     if mark.is_file():
         mark.unlink()
-    subprocess.check_call(
-        [str(python), '-m', 'pip', 'install', '--disable-pip-version-check', '-e', f'{root}[train,onnx]'])
+    install(python, root, torch)
     mark.write_text(wanted)
     return python
 
 
 def read(arguments):
-    """What of the training's options decides the recipe, or needs no training."""
+    """The options of this script, those of the training's that need no training, and all of the training's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--no-venv', action='store_true')
+    parser.add_argument('--torch', choices=('auto', 'cpu', 'pypi'), default='auto')
+    own, arguments = parser.parse_known_args(arguments)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--config')
     parser.add_argument('--data', default='digits')
     parser.add_argument('-h', '--help', action='store_true')
-    return parser.parse_known_args(arguments)[0]
+    return own, parser.parse_known_args(arguments)[0], arguments
 
 
-def check_arguments(arguments, venv=VENV):
+def check_arguments(known, venv=VENV, root=ROOT):
     """Answer --help, and stop at what cannot work, before anything is installed."""
-    known = read(arguments)
     if known.help and not works(python_of(venv)):
         print(__doc__.strip())
-        print('\nOnce the environment is installed, --help lists the options of scripts/train.py as well.')
+        print('\nOnce the environment is installed, --help lists the options of `elsa train` as well.')
         sys.exit(0)
-    if known.config is not None and not Path(known.config).is_file():
-        sys.exit(f'error: --config: got {known.config!r}, no such file')
+    recipe = known.config
+    if recipe is not None and not Path(recipe).is_file() and not (root / 'configs' / f'{recipe}.yaml').is_file():
+        sys.exit(f'error: --config: got {recipe!r}, no such file, and no recipe of that name')
     is_name = known.config is not None and '/' in known.data  # a recipe may use a data set by its name in timm
     if known.data != 'digits' and not Path(known.data).is_dir() and not is_name:
         sys.exit(f'error: --data: got {known.data!r}, must be a folder with one sub-folder of images for each class')
 
 
-def command(python, arguments, root=ROOT):
-    """The command line of the training, with the recipe that suits the arguments unless they name one."""
-    known = read(arguments)
-    recipe = []
-    if known.config is None:
-        name = 'digits.yaml' if known.data == 'digits' else 'folder.yaml'
-        recipe = ['--config', str(root / 'configs' / name)]
-    return [str(python), str(root / 'scripts' / 'train.py'), *recipe, *arguments]
-
-
 def main():
     """Prepare the environment and become the training."""
-    check_python()
-    check_arguments(sys.argv[1:])
+    own, known, arguments = read(sys.argv[1:])
+    check_python(needs_venv=not own.no_venv)
+    check_arguments(known)
+    python = Path(sys.executable)
     try:
-        python = prepare()
+        if own.no_venv:
+            install(python, ROOT, own.torch)
+        else:
+            python = prepare(torch=own.torch)
     except subprocess.CalledProcessError as e:
         sys.exit(f'error: {e.cmd[1:4]} failed, see above. Run the script again to take up where it stopped.')
     except KeyboardInterrupt:
         sys.exit('interrupted; run the script again to take up where it stopped.')
-    arguments = command(python, sys.argv[1:])
+    command = [str(python), '-m', 'elsa_models', 'quickstart', *arguments]
     sys.stdout.flush()
     if os.name == 'nt':  # there, exec would return to the shell at once
-        sys.exit(subprocess.call(arguments))
-    os.execv(arguments[0], arguments)
+        sys.exit(subprocess.call(command))
+    os.execv(command[0], command)
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'elsa_models'
+FILES = ('setup.cfg', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE')
 
 
 def _run(*command, **kwargs):
@@ -28,7 +29,7 @@ def built(tmp_path_factory):
     source = folder / 'source'  # a copy, so that nothing that an earlier build has left is taken
     shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copytree(ROOT / 'configs', source / 'configs')
-    for name in ('setup.cfg', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'):
+    for name in (*FILES, 'elsa_command.py'):
         shutil.copy(ROOT / name, source)
     _run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', folder, source)
     sdist, = folder.glob('*.tar.gz')
@@ -76,7 +77,7 @@ def core_python(built, tmp_path_factory):
 
 def test_what_is_packed(built):
     sdist, wheel = built
-    sources = {str(p.relative_to(ROOT)) for p in PACKAGE.rglob('*.py')}
+    sources = {'elsa_command.py', *(str(p.relative_to(ROOT)) for p in PACKAGE.rglob('*.py'))}
     recipes = {str(p.relative_to(ROOT)) for p in (ROOT / 'configs').rglob('*.yaml')}
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if '.dist-info/' not in n}
@@ -84,7 +85,7 @@ def test_what_is_packed(built):
     assert names == sources | {f'elsa_models/{name}' for name in recipes} and licence
     with tarfile.open(sdist) as archive:
         packed = {n.partition('/')[2] for n in archive.getnames()}
-    assert sources | recipes | {'setup.cfg', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'} <= packed
+    assert sources | recipes | set(FILES) <= packed
 
 
 PROGRAM = '''

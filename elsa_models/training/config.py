@@ -312,7 +312,7 @@ def load_recipe(
     """
     values = {}
     if path is not None:
-        path = _find(str(path))
+        path = find_recipe(str(path))
         try:
             values = _read(path.read_text(encoding='utf-8')) or {}
         except (OSError, ValueError) as e:
@@ -338,7 +338,7 @@ def recipe_names() -> List[str]:
     return [name for name in names if not name.startswith('study/')]  # grids of many runs
 
 
-def _find(name: str) -> Path:
+def find_recipe(name: str) -> Path:
     """The file of that name or, where there is none, the recipe of this package."""
     path = Path(name)
     if path.is_file() or path.suffix:

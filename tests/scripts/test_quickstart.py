@@ -37,6 +37,7 @@ def calls(quickstart, monkeypatch):
 
     monkeypatch.setattr(quickstart.subprocess, 'check_call', check_call)
     monkeypatch.setattr(quickstart, 'works', lambda python: python.is_file())
+    monkeypatch.setattr(quickstart, 'is_small', lambda torch: False)
     return calls
 
 
@@ -124,17 +125,63 @@ def test_missing_ensurepip_is_explained(quickstart, monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, recipe', [
-    ([], 'digits.yaml'),
-    (['--epochs', '3'], 'digits.yaml'),
-    (['--data', 'digits'], 'digits.yaml'),
-    (['--data', 'photos'], 'folder.yaml'),
-    (['--epochs', '3', '--data=photos'], 'folder.yaml'),
+    ([], 'digits'),
+    (['--epochs', '3'], 'digits'),
+    (['--data', 'photos'], 'folder'),
+    (['--epochs', '3', '--data=photos'], 'folder'),
     (['--config', 'mine.yaml', '--data', 'photos'], None),
 ])
-def test_arguments_are_passed_on(quickstart, arguments, recipe):
-    command = quickstart.command(Path('python'), arguments, Path('root'))
-    chosen = [] if recipe is None else ['--config', str(Path('root', 'configs', recipe))]
-    assert command == ['python', str(Path('root', 'scripts', 'train.py')), *chosen, *arguments]
+def test_the_recipe_suits_the_data(arguments, recipe, monkeypatch):
+    from elsa_models.commands import quickstart as command
+    passed = []
+    monkeypatch.setattr(command, 'train_script', lambda doc, job, argv, report: passed.extend([job, *argv]) or 0)
+    assert command.main(arguments) == 0
+    assert passed == ['classification', *([] if recipe is None else ['--config', recipe]), *arguments]
+
+
+def test_options_of_its_own_are_not_passed_on(quickstart):
+    own, known, arguments = quickstart.read(['--no-venv', '--epochs', '3', '--torch', 'cpu', '--data', 'photos'])
+    assert own.no_venv and own.torch == 'cpu' and known.data == 'photos'
+    assert arguments == ['--epochs', '3', '--data', 'photos']
+
+
+def test_without_a_gpu_pytorch_is_the_small_build(quickstart, repository, calls, monkeypatch):
+    requirements = 'torch>=2.9\n    torchvision>=0.24\n    timm'
+    (repository / 'setup.cfg').write_text(f'[options]\ninstall_requires =\n    {requirements}')
+    monkeypatch.setattr(quickstart, 'is_small', lambda torch: True)
+    quickstart.install(Path('python'), repository, 'auto')
+    small, package = calls
+    assert small[-4:] == ['--index-url', quickstart.CPU_INDEX, 'torch>=2.9', 'torchvision>=0.24']
+    assert package[-2:] == ['-e', f'{repository}[train,onnx]'] and '--index-url' not in package
+
+
+@pytest.mark.parametrize('torch', ['auto', 'cpu'])
+def test_the_large_build_serves_where_the_small_cannot_be_had(quickstart, repository, monkeypatch, torch, capsys):
+    done = []
+
+    def check_call(arguments):
+        if '--index-url' in arguments:
+            raise subprocess.CalledProcessError(1, arguments)
+        done.append(arguments)
+
+    (repository / 'setup.cfg').write_text('[options]\ninstall_requires = torch>=2.9')
+    monkeypatch.setattr(quickstart.subprocess, 'check_call', check_call)
+    monkeypatch.setattr(quickstart, 'is_small', lambda torch: True)
+    if torch == 'cpu':  # was asked for
+        with pytest.raises(subprocess.CalledProcessError):
+            quickstart.install(Path('python'), repository, torch)
+        assert not done
+    else:
+        quickstart.install(Path('python'), repository, torch)
+        assert len(done) == 1 and 'cannot be had' in capsys.readouterr().out
+
+
+def test_which_build_of_pytorch(quickstart, monkeypatch):
+    monkeypatch.setattr(quickstart.shutil, 'which', lambda name: '/usr/bin/nvidia-smi')
+    assert not quickstart.is_small('auto', 'linux') and quickstart.is_small('cpu', 'linux')
+    monkeypatch.setattr(quickstart.shutil, 'which', lambda name: None)
+    assert not quickstart.is_small('auto', 'darwin') and not quickstart.is_small('pypi', 'linux')
+    assert quickstart.is_small('auto', 'linux') is not Path('/dev/nvidia0').exists()
 
 
 @pytest.mark.parametrize('arguments, status, words', [
@@ -156,13 +203,14 @@ def test_nothing_is_installed_for_help_or_in_vain(quickstart, tmp_path, argument
 def test_what_can_work_is_let_through(quickstart, tmp_path):
     (tmp_path / 'mine.yaml').write_text('')
     for arguments in ([], ['--data', 'digits'], ['--data', str(tmp_path)], ['--config', str(tmp_path / 'mine.yaml')],
+                      ['--config', 'folder'],
                       ['--config', str(tmp_path / 'mine.yaml'), '--data', 'torch/cifar10']):
-        quickstart.check_arguments(arguments, tmp_path / '.venv')
+        quickstart.check_arguments(quickstart.read(arguments)[1], tmp_path / '.venv')
 
 
 def test_help_is_the_trainings_where_that_is_installed(quickstart, monkeypatch):
     monkeypatch.setattr(quickstart, 'works', lambda python: True)
-    quickstart.check_arguments(['--help'])
+    quickstart.check_arguments(quickstart.read(['--help'])[1])
 
 
 def test_needs_nothing_but_the_standard_library():

@@ -1,6 +1,6 @@
 """Find what each pixel of an image belongs to: files, folders or patterns.
 
-    elsa predict-segmentation shots/ --model output/shapes_segmentation/model --output result
+    elsa segment shots/ --model output/shapes_segmentation/model --output result
 
 Writes for each image NAME.png, its label map, and NAME_overlay.png, the colours of the classes laid over the image
 and named below it.

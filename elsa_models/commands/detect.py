@@ -1,6 +1,6 @@
 """Find objects in images: files, folders or patterns.
 
-    elsa predict-detection shots/ --model output/shapes_detection/model --output result
+    elsa detect shots/ --model output/shapes_detection/model --output result
 
 Writes for each image NAME.png with boxes, names, scores and masks drawn on it, and objects.json with all of them: for
 each file, names and numbers of classes, boxes as left, top, width, height in pixels, and masks in COCO's run-length
