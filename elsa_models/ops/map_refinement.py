@@ -9,8 +9,10 @@ Plainly, each operator reads and writes maps, of which some are several times as
 operator for 16 heads and 785 tokens. Here, strips of query rows go through all operators while they are in the cache,
 with a row more on either side for the convolution. With scale and shift of a norm known, it is part of the product
 before it; where it has the batch's statistics, one pass over the strips finds those of BN2, another those of BN3 and
-BN4. BN1's follow from the covariance of A's maps, for W1 is linear. Backward keeps A alone and goes over the strips
-three times, since each norm's gradient needs sums over the whole batch.
+BN4. BN1's follow from the covariance of A's maps, for W1 is linear, and BN4's from variances and covariance of its two
+terms. Backward keeps A and the outputs of D and W3, which is five maps a head where there are three expanded ones (24
+with autograd alone), and goes over the strips twice, since each norm's gradient needs sums over the whole batch.
+Products with values are those of whole maps: a strip has too few rows for a fast one.
 """
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -94,7 +96,7 @@ def refined_product(
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         out, *found = _RefinedProduct.apply(scale, norms, *tensors)
     else:
-        out, state = _forward(*tensors[:2], weights, norms, scale)
+        out, state, _ = _forward(*tensors[:2], weights, norms, scale)
         found = [x for moments in state.moments if moments is not None for x in moments]
     found = iter(found)
     return out, [Moments(next(found), next(found)) if norm.mean is None else None for norm in norms]
@@ -118,6 +120,23 @@ class _State(NamedTuple):
     moments: List[Optional[Moments]]
     mean: Optional[torch.Tensor]  # of A's maps, h
     scatter: Optional[torch.Tensor]  # sum over pixels of (A - mean)(A - mean)^T, h, h
+    terms: Optional['_Terms']
+
+
+class _Terms(NamedTuple):
+    """Sums over this process's part of the batch, of A and of R, the output of W3, for each map."""
+    mean: torch.Tensor  # of A
+    mean_reduced: torch.Tensor
+    spread_reduced: torch.Tensor  # sum of (R - mean)^2
+    joint: torch.Tensor  # sum of (A - mean)(R - mean)
+
+
+class _Kept(NamedTuple):
+    """What backward takes from the forward pass, where norms with the batch's statistics had it made as a whole."""
+    expanded: Optional[torch.Tensor]  # D's output, (B, m, N, N)
+    reduced: Optional[torch.Tensor]  # W3's, (B, h, N, N)
+    attn_value: Optional[torch.Tensor]  # A @ value, (B, h, N, d)
+    reduced_value: Optional[torch.Tensor]  # R @ value
 
 
 class _Statistics:
@@ -203,6 +222,8 @@ class _Strips:
 
     def convolved(self, hidden: torch.Tensor, cut_low: int, cut_high: int) -> torch.Tensor:
         """D * hidden without some rows at either end, those that miss a neighbour: (b, m, rows, N)."""
+        if cut_low == cut_high == 1:
+            return F.conv2d(hidden, self.weights.depthwise, padding=(0, 1), groups=hidden.shape[1])
         x = F.conv2d(hidden, self.weights.depthwise, padding=1, groups=hidden.shape[1])
         return x[:, :, cut_low:x.shape[2] - cut_high]
 
@@ -215,6 +236,10 @@ class _Strips:
 
     def keep(self, first: _Affine) -> Iterator[Tuple[Tuple[slice, int, int], torch.Tensor]]:
         """Strips and what `expanded` gives for them, which it keeps."""
+        if self.kept is not None:
+            for strip in self:
+                yield strip, self.expanded(*strip, first)
+            return
         B, _, N, _ = self.attn.shape
         kept = self.attn.new_empty(B, self.expand.shape[0], N, N)
         for images, low, high in self:
@@ -239,7 +264,7 @@ def _forward(
         weights: Weights,
         norms: Sequence[Norm],
         scale: float,
-) -> Tuple[torch.Tensor, _State]:
+) -> Tuple[torch.Tensor, _State, _Kept]:
     strips = _Strips(attn, weights)
     count = attn.numel() // attn.shape[1]
     affine: List[_Affine] = []
@@ -273,42 +298,52 @@ def _forward(
     def reduced(*strip) -> torch.Tensor:
         return strips.reduced(strips.activated(strips.expanded(*strip, affine[0]), affine[1]))
 
-    kept: Optional[torch.Tensor] = None
+    kept = _Kept(strips.kept, None, None, None)
+    terms = None
+    out = torch.empty_like(value, memory_format=torch.contiguous_format)
+    # M = outer * (A + inner * R) + shift, and the shift of all entries alike is one of the product
     if norms[2].mean is None or norms[3].mean is None:
-        kept = torch.empty_like(attn)
+        kept = kept._replace(reduced=torch.empty_like(attn))
         statistics = _Statistics()
-        for images, low, high in strips:
-            kept[images, :, low:high] = x = reduced(images, low, high)
-            if norms[2].mean is None:
-                statistics.add(x)
-        settle(*statistics.total()) if norms[2].mean is None else settle(count, None, None)
+        attn_mean, attn_spread, joint = mean, None if scatter is None else scatter.diagonal(), None
         if norms[3].mean is None:
-            statistics = _Statistics()
-            gain, shift = affine[2].gain[:, None, None], affine[2].shift[:, None, None]
-            for images, low, high in strips:
-                statistics.add(torch.addcmul(strips.maps(images, low, high) + shift, kept[images, :, low:high], gain))
-            settle(*statistics.total())
+            joint = attn.new_zeros(attn.shape[1])
+            if scatter is None:
+                of_attn = _Statistics()
+                for strip in strips:
+                    of_attn.add(strips.maps(*strip))
+                _, attn_mean, attn_spread = of_attn.total()
+        for images, low, high in strips:
+            kept.reduced[images, :, low:high] = x = reduced(images, low, high)
+            statistics.add(x)
+            if joint is not None:
+                joint += _inner(strips.maps(images, low, high) - attn_mean[:, None, None], x)
+        _, *of_reduced = statistics.total()
+        settle(count, *of_reduced)
+        if joint is not None:
+            terms = _Terms(attn_mean, *of_reduced, joint)
+            gain = affine[2].gain
+            settle(
+                count, attn_mean + gain * of_reduced[0] + affine[2].shift,
+                attn_spread + gain * (2. * joint + gain * of_reduced[1]))
         else:
             settle(count, None, None)
+        kept = kept._replace(attn_value=attn @ value, reduced_value=kept.reduced @ value)
+        third, fourth = affine[2:]
+        torch.addcmul(kept.attn_value, kept.reduced_value, third.gain[:, None, None], out=out)
     else:
         settle(count, None, None)
         settle(count, None, None)
-
-    # M = outer * (A + inner * R) + shift, and the shift of all entries alike is one of the product
-    third, fourth = affine[2:]
-    out = torch.empty_like(value, memory_format=torch.contiguous_format)
-    for images, low, high in strips:
-        if kept is None:
+        third, fourth = affine[2:]
+        for images, low, high in strips:
             x = strips.expanded(images, low, high, affine[0])
             x = strips.reduced(strips.activated(x, affine[1]), third.gain)
-        else:
-            x = kept[images, :, low:high] * third.gain[:, None, None]
-        x += strips.maps(images, low, high)
-        out[images, :, low:high] = torch.matmul(x, value[images])
+            x += strips.maps(images, low, high)
+            out[images, :, low:high] = torch.matmul(x, value[images])
     outer = (scale * fourth.gain)[:, None, None]
     shift = (scale * (fourth.gain * third.shift + fourth.shift))[:, None, None]
     out = torch.addcmul(shift * value.sum(dim=2, keepdim=True), out, outer)
-    return out, _State(affine, moments, mean, scatter)
+    return out, _State(affine, moments, mean, scatter, terms), kept
 
 
 def _per_map(x: torch.Tensor) -> torch.Tensor:
@@ -333,14 +368,14 @@ def _inner(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 class _RefinedProduct(torch.autograd.Function):
-    """`refined_product` with a backward of its own, which keeps A and the values alone."""
+    """`refined_product` with a backward of its own."""
 
     @staticmethod
     def forward(ctx, scale, norms, attn, value, *parameters):
         weights, affine = Weights(*parameters[:3]), parameters[3:]
         norms = [norm._replace(weight=affine[2 * i], bias=affine[2 * i + 1]) for i, norm in enumerate(norms)]
-        out, state = _forward(attn, value, weights, norms, scale)
-        ctx.save_for_backward(attn, value, *parameters)
+        out, state, kept = _forward(attn, value, weights, norms, scale)
+        ctx.save_for_backward(*kept, attn, value, *parameters)
         ctx.scale, ctx.norms, ctx.state = scale, [norm._replace(weight=None, bias=None) for norm in norms], state
         found = [x for moments in state.moments if moments is not None for x in moments]
         ctx.mark_non_differentiable(*found)
@@ -348,12 +383,14 @@ class _RefinedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        attn, value, *parameters = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        kept, (attn, value), parameters = saved[:4], saved[4:6], saved[6:]
         with without_autocast(attn.device.type):
             if torch.is_grad_enabled():  # a graph of the gradients is wanted
                 grads = _differentiable_backward(ctx, grad, attn, value, parameters)
             else:
-                grads = _backward(grad, attn, value, Weights(*parameters[:3]), ctx.norms, ctx.state, ctx.scale)
+                weights = Weights(*parameters[:3])
+                grads = _backward(grad, attn, value, weights, ctx.norms, ctx.state, _Kept(*kept), ctx.scale)
         return (None, None, *grads)
 
 
@@ -378,6 +415,7 @@ def _backward(
         weights: Weights,
         norms: Sequence[Norm],
         state: _State,
+        kept: _Kept,
         scale: float,
 ) -> List[torch.Tensor]:
     """Gradients of attn, value, the three convolutions, and weight and bias of each norm.
@@ -394,68 +432,69 @@ def _backward(
     def total(i: int, *sums: torch.Tensor) -> List[torch.Tensor]:
         return _all_sum(norms[i].group if norms[i].mean is None else None, *sums)
 
-    def after_norm3(x: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(_per_map(third.shift), x, _per_map(third.gain)).add_(maps)
-
-    # first pass: the reduced maps R, and the sums that BN4 and BN3 need. The gradient of M, grad value^T, is not made:
-    # its products with maps are those of grad and the maps times the values.
-    reduced = torch.empty_like(attn)
-    grad_value = torch.zeros_like(value, memory_format=torch.contiguous_format)
-    s_x4, s_x3, x3_sum, x4_sum, x34 = (attn.new_zeros(attn.shape[1]) for _ in range(5))
-    for (images, low, high), x in strips.keep(first):
-        reduced[images, :, low:high] = x = strips.reduced(strips.activated(x, second))
-        after = after_norm3(x, strips.maps(images, low, high))
-        x = x - _per_map(third.mean)
-        rows = grad[images, :, low:high]
-        s_x4 += _inner(rows, torch.matmul(after, value[images]))
-        s_x3 += _inner(rows, torch.matmul(x, value[images]))
-        grad_value[images] += torch.matmul(after.transpose(-2, -1), rows)
-        x3_sum += x.sum(dim=(0, 2, 3))
-        x4_sum += after.sum(dim=(0, 2, 3))
-        x34 += _inner(x, after)
-    grad_sum = grad.sum(dim=2, keepdim=True)
-    grad_value = scale * torch.addcmul(_per_map(fourth.shift) * grad_sum, grad_value, _per_map(fourth.gain))
-    s4 = scale * (grad_sum * value.sum(dim=2, keepdim=True)).sum(dim=(0, 2, 3))
-    sx4 = fourth.rstd * (scale * s_x4 - fourth.mean * s4)
-    s_x3, x34 = third.rstd * scale * s_x3, third.rstd * fourth.rstd * (x34 - fourth.mean * x3_sum)
-    x3_sum, x4_sum = third.rstd * x3_sum, fourth.rstd * (x4_sum - count * fourth.mean)
+    # the sums that BN4 and BN3 need. The gradient of M, grad value^T, is not made for them: its products with maps are
+    # those of grad and the maps times the values.
+    strips.kept = kept.expanded
+    reduced, attn_value, reduced_value = kept[1:]
+    if reduced is None:
+        reduced = torch.empty_like(attn)
+        for (images, low, high), x in strips.keep(first):
+            reduced[images, :, low:high] = strips.reduced(strips.activated(x, second))
+        attn_value, reduced_value = attn @ value, reduced @ value
+    elif strips.kept is None:
+        for _ in strips.keep(first):
+            pass
+    grad_sum, value_sum = grad.sum(dim=2, keepdim=True), value.sum(dim=2, keepdim=True)
+    grad_value = torch.matmul(attn.transpose(-2, -1), grad)
+    grad_value.addcmul_(torch.matmul(reduced.transpose(-2, -1), grad), _per_map(third.gain))
+    shift = fourth.gain * third.shift + fourth.shift
+    grad_value = scale * torch.addcmul(_per_map(shift) * grad_sum, grad_value, _per_map(fourth.gain))
+    s4 = scale * (grad_sum * value_sum).sum(dim=(0, 2, 3))
+    s_reduced = scale * _inner(grad, reduced_value)
+    s_x3 = third.rstd * (s_reduced - third.mean * s4)
+    sx4 = fourth.rstd * (scale * _inner(grad, attn_value) + third.gain * s_reduced + (third.shift - fourth.mean) * s4)
     s4_all, sx4_all = total(3, s4, sx4)
     # BN3's output has the gradient of BN4's input; its sums follow
-    s3 = fourth.gain * (s4 - fourth.share * (count * s4_all + x4_sum * sx4_all))
-    sx3 = fourth.gain * (s_x3 - fourth.share * (x3_sum * s4_all + x34 * sx4_all))
+    s3, sx3 = fourth.gain * s4, fourth.gain * s_x3
+    if state.terms is not None:
+        terms = state.terms
+        off3 = terms.mean_reduced - third.mean  # not 0 where statistics are of more than one process, or fixed
+        off4 = terms.mean + third.gain * terms.mean_reduced + third.shift - fourth.mean
+        x3_sum, x4_sum = count * third.rstd * off3, count * fourth.rstd * off4
+        x34 = third.rstd * fourth.rstd * (terms.joint + third.gain * terms.spread_reduced + count * off3 * off4)
+        s3 -= fourth.gain * fourth.share * (count * s4_all + x4_sum * sx4_all)
+        sx3 -= fourth.gain * fourth.share * (x3_sum * s4_all + x34 * sx4_all)
     s3_all, sx3_all = total(2, s3, sx3)
 
-    # second pass: W3 and the sums that BN2 needs
-    grad_attn = torch.empty_like(attn)
+    # first pass: W3 and the sums that BN2 needs
     grads = torch.empty_like(strips.kept)  # of BN2's output
     grad_reduce = torch.zeros_like(strips.reduce)
     s2, sx2 = (attn.new_zeros(strips.expand.shape[0]) for _ in range(2))
     bias3 = torch.zeros_like(s3)  # s3, with less rounding: it vanishes where BN4 has the batch's statistics
-    weighted = scale * _per_map(fourth.gain) * grad
     slope4, constant4 = _input_gradient(fourth, s4_all, sx4_all)
     slope3, constant3 = _input_gradient(third, s3_all, sx3_all)
+    grad_attn = torch.matmul(scale * _per_map(fourth.gain) * grad, value.transpose(-2, -1))
     for images, low, high in strips:
-        maps, x = strips.maps(images, low, high), reduced[images, :, low:high]
-        g = torch.matmul(weighted[images, :, low:high], value[images].transpose(-2, -1))
+        g, r = grad_attn[images, :, low:high], reduced[images, :, low:high]
         if fourth.share != 0.:
-            g.addcmul_(after_norm3(x, maps), _per_map(slope4)).add_(_per_map(constant4))
-        grad_attn[images, :, low:high] = g
+            g.add_(torch.addcmul(
+                _per_map(slope4 * third.shift + constant4), r, _per_map(slope4 * third.gain),
+            ).addcmul_(strips.maps(images, low, high), _per_map(slope4)))
         bias3 += g.sum(dim=(0, 2, 3))
         g = torch.addcmul(_per_map(constant3), g, _per_map(third.gain))
         if third.share != 0.:
-            g.addcmul_(x, _per_map(slope3))
+            g.addcmul_(r, _per_map(slope3))
         x = strips.expanded(images, low, high, first)
         y = strips.activated(x, second)
         grad_reduce += torch.bmm(g.flatten(2), y.flatten(2).transpose(1, 2)).sum(dim=0)
         g = torch.bmm(strips.reduce.t().expand(len(g), -1, -1), g.flatten(2)).view_as(y)
-        g = torch.ops.aten.hardtanh_backward(g, y, 0., 6.)
-        grads[images, :, low:high] = g
+        g = torch.ops.aten.hardtanh_backward.grad_input(g, y, 0., 6., grad_input=grads[images, :, low:high])
         s2 += g.sum(dim=(0, 2, 3))
         sx2 += _inner(g, x)
     sx2 = second.rstd * (sx2 - second.mean * s2)
     s2_all, sx2_all = total(1, s2, sx2)
 
-    # third pass: D, W1 and A
+    # second pass: D, W1 and A
     grad_depthwise = torch.zeros_like(weights.depthwise)
     s1 = attn.new_zeros(strips.expand.shape[0])
     cross = torch.zeros_like(strips.expand)  # gradient of BN1's output times A
@@ -466,9 +505,9 @@ def _backward(
         top, bottom = max(low - 1, 0), min(high + 1, N)  # rows of D's output that see the strip
         own = slice(low - top, high - top)
         inputs = strips.hidden(images, top, bottom, first)
-        g = grads[images, :, top:bottom] * _per_map(second.gain)
+        g = torch.addcmul(_per_map(constant2), grads[images, :, top:bottom], _per_map(second.gain))
         if second.share != 0.:
-            g.addcmul_(strips.kept[images, :, top:bottom], _per_map(slope2)).add_(_per_map(constant2))
+            g.addcmul_(strips.kept[images, :, top:bottom], _per_map(slope2))
         padded = inputs
         if bottom - top != high - low + 2:
             padded = F.pad(inputs, (0, 0, 1 - (low - top), 1 - (bottom - high)))

@@ -100,13 +100,14 @@ def test_float32_is_as_exact_as_the_formula():
         assert ours <= 4 * theirs + 1e-5
 
 
-def test_only_the_maps_are_kept():
+@pytest.mark.parametrize('of_batch, maps', [(True, 3 + 3 + 7), (False, 3)], ids=['statistics of the batch', 'fixed'])
+def test_few_maps_are_kept(of_batch, maps):
     saved = []
-    given = problem(2, 3, 20, 4)
+    given = problem(2, 3, 20, 4, (of_batch,) * 4)  # 3 maps, 7 expanded
     leaves(*given)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         refined_product(*given, .4)
-    assert sum(x.numel() for x in saved) < given[0].numel() + given[1].numel() + 500
+    assert sum(x.numel() for x in saved) < maps * 2 * 20 * 20 + 3 * given[1].numel() + 500
 
 
 def test_frozen_weights_get_no_gradient():
