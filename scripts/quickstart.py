@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / '.venv'
-OLDEST = (3, 10)
+OLDEST = (3, 11)
 CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
 
 

@@ -113,8 +113,8 @@ def test_works_means_that_pip_runs(quickstart, tmp_path):
 
 
 def test_old_python_is_refused(quickstart):
-    with pytest.raises(SystemExit, match=r'this is Python 3\.9, but 3\.10 or later is needed'):
-        quickstart.check_python((3, 9, 1))
+    with pytest.raises(SystemExit, match=r'this is Python 3\.10, but 3\.11 or later is needed'):
+        quickstart.check_python((3, 10, 1))
     quickstart.check_python()
 
 
