@@ -27,10 +27,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise ValueError(f'model: {type(model).__name__} has no BatchNorm with running statistics.')
-    device = norms[0].running_mean.device
+    device = next(norms[0].buffers()).device
     modes = [(m, m.training) for m in model.modules()]
-    before = [(bn, bn.momentum, [x.clone() for x in (bn.running_mean, bn.running_var, bn.num_batches_tracked)])
-              for bn in norms]
+    before = [(bn, bn.momentum, [x.clone() for x in bn.buffers()]) for bn in norms]
     count = 0
     try:
         model.eval()
@@ -46,7 +45,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor]) -> 
             raise ValueError('batches: got no images.')
     except BaseException:  # a model with half its statistics is of no use
         for bn, _, state in before:
-            for x, old in zip((bn.running_mean, bn.running_var, bn.num_batches_tracked), state):
+            for x, old in zip(bn.buffers(), state):
                 x.copy_(old)
         raise
     finally:

@@ -6,6 +6,7 @@ import torch.nn as nn
 from timm.layers import DropPath, Mlp, trunc_normal_
 
 from .mixers.elsa import ElsaAttention
+from .mixers.mixer import Mixer
 
 
 class MixerBlock(nn.Module):
@@ -14,7 +15,7 @@ class MixerBlock(nn.Module):
     def __init__(
             self,
             dim: int,
-            mixer: nn.Module,
+            mixer: Mixer,
             mlp_ratio: float = 4.,
             proj_drop: float = 0.,
             drop_path: float = 0.,
@@ -53,13 +54,13 @@ class MixerBlock(nn.Module):
             return
         for linear in (self.mlp.fc1, self.mlp.fc2):
             trunc_normal_(linear.weight, std=self.mlp_init_std)
-            nn.init.zeros_(linear.bias)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
     @torch.jit.ignore
     def set_input_size(self, *args, **kwargs) -> None:
         """Hand a change of the map's size to the mixer. See `Mixer.set_input_size`."""
-        if hasattr(self.attn, 'set_input_size'):
-            self.attn.set_input_size(*args, **kwargs)
+        self.attn.set_input_size(*args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, dim) to (B, H, W, dim)."""

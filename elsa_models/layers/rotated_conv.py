@@ -24,7 +24,8 @@ class RotatedDepthwiseConv2d(nn.Module):
         out = torch.arange(width, device=weight.device)
         rotations = [weight[:, out, (out + i) % width].transpose(0, 1).reshape(C, 1, K_h, K_w) for i in range(width)]
         self.weights = nn.ParameterList([constant(x) for x in rotations])
-        self.bias = conv.bias
+        bias = conv.bias
+        self.bias = None if bias is None else constant(bias.detach().unflatten(0, (C // width, width)).t().flatten())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, C, H, W) to the same, both position-major."""

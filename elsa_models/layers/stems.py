@@ -35,10 +35,20 @@ class PaddedPatchEmbed(PatchEmbed):
     timm pads as well (`dynamic_img_pad`), but takes the grid of a fixed image size by rounding down.
     """
     output_fmt: Format  # TorchScript reads the annotations of this class alone
-    dynamic_img_pad: torch.jit.Final[bool]
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, dynamic_img_pad=True, **kwargs)
+    def __init__(
+            self,
+            img_size: Optional[_int_or_pair] = 224,
+            patch_size: int = 16,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            img_size: Height and width in pixels, None takes any.
+            patch_size: Side of a patch in pixels.
+            **kwargs: Others of timm's `PatchEmbed`.
+        """
+        super().__init__(img_size, patch_size, dynamic_img_pad=True, **kwargs)
 
     def _init_img_size(
             self,
@@ -190,17 +200,19 @@ class OverlapPatchEmbed(PaddedPatchEmbed):
 
     def __init__(
             self,
-            *args,
+            img_size: Optional[_int_or_pair] = 224,
+            patch_size: int = 4,
             device=None,
             dtype=None,
             **kwargs,
     ) -> None:
         """
         Args:
-            *args: Of timm's `PatchEmbed`.
-            **kwargs: Of timm's `PatchEmbed`.
+            img_size: Height and width in pixels, None takes any.
+            patch_size: Side of a patch in pixels.
+            **kwargs: Others of timm's `PatchEmbed`.
         """
-        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        super().__init__(img_size, patch_size, device=device, dtype=dtype, **kwargs)
         old = self.proj
         kernel_size = tuple([2 * p - 1 for p in self.patch_size])
         self.proj = nn.Conv2d(

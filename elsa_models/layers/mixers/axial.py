@@ -2,7 +2,7 @@
 
 Paper: `Axial-DeepLab: Stand-Alone Axial-Attention for Panoptic Segmentation` - https://arxiv.org/abs/2003.07853
 """
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -117,11 +117,12 @@ torch.fx.wrap('fit_table')
 def _scale_shift(
         weight: torch.Tensor,
         bias: torch.Tensor,
-        mean: torch.Tensor,
-        var: torch.Tensor,
+        mean: Optional[torch.Tensor],
+        var: Optional[torch.Tensor],
         eps: float,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """What an evaluated batch norm multiplies with and then adds."""
+    assert mean is not None and var is not None
     scale = weight / torch.sqrt(var + eps)
     return scale, bias - mean * scale
 
@@ -135,7 +136,7 @@ def _to_lines(x: torch.Tensor) -> torch.Tensor:
     return x.squeeze(3).transpose(1, 2)
 
 
-def _set_length(layer: nn.Module, length: int) -> None:
+def _set_length(layer: Union['AxialLayer', 'FoldedAxialLayer'], length: int) -> None:
     for name in ('rel_query', 'rel_key', 'rel_value'):
         table = getattr(layer, name)
         if table.shape[-1] != 2 * length - 1:

@@ -4,7 +4,7 @@ Paper: `What Limits the Performance of Local Self-attention?` - https://arxiv.or
 
 Maps are (B, H, W, C) throughout, contiguous in C.
 """
-from typing import Dict, Optional, Sequence, Tuple, Type
+from typing import Dict, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -98,7 +98,7 @@ class ElsaAttention(Mixer):
 
         K = kernel_size
         self.qkv = nn.Linear(dim, sum(self.split_dims), bias=qkv_bias, **dd)
-        self.attn_conv = nn.Conv2d(
+        self.attn_conv: Union[nn.Conv2d, RotatedDepthwiseConv2d] = nn.Conv2d(
             qk_dim, qk_dim, K, padding=K // 2 * dilation, dilation=dilation, groups=qk_dim // group_width, **dd)
         self.act = act_layer()
         self.attn_logits = nn.Linear(qk_dim, num_heads * K ** 2, **dd)
@@ -111,7 +111,8 @@ class ElsaAttention(Mixer):
     def reset_parameters(self) -> None:
         """Initialise as the authors do, for whom qkv, attn_conv and attn_logits are convolutions left as they come."""
         self.qkv.reset_parameters()
-        self.attn_conv.reset_parameters()
+        if isinstance(self.attn_conv, nn.Conv2d):
+            self.attn_conv.reset_parameters()
         self.attn_logits.reset_parameters()
         if self.ghost_mul is not None:
             nn.init.normal_(self.ghost_mul)
@@ -143,7 +144,8 @@ class ElsaAttention(Mixer):
             ValueError: The input is of another shape.
         """
         v, logits = self.project(x)
-        ghost_mul, ghost_add = self.ghost_mul, self.ghost_add
+        ghost_mul: Optional[torch.Tensor] = self.ghost_mul
+        ghost_add: Optional[torch.Tensor] = self.ghost_add
         if ghost_mul is not None and self.lam != 1:
             ghost_mul = ghost_mul ** self.lam
         if ghost_add is not None and self.gamma != 1.:
@@ -164,7 +166,10 @@ class ElsaAttention(Mixer):
 
         Parameters that change are replaced: others may hold those that were.
         """
-        width = self.attn_conv.weight.shape[1] if isinstance(self.attn_conv, nn.Conv2d) else 1
+        conv = self.attn_conv
+        if not isinstance(conv, nn.Conv2d):  # it has been made
+            return
+        width = conv.weight.shape[1]
         if width == 1 or width > 8:  # what runtimes have kernels for
             return
         order = torch.arange(self.split_dims[0], device=self.qkv.weight.device)
@@ -173,8 +178,7 @@ class ElsaAttention(Mixer):
             q, k, v = x.split(self.split_dims)
             setattr(self.qkv, name, constant(torch.cat([q[order], k[order] if self.hadamard else k, v])))
         self.attn_logits.weight = constant(self.attn_logits.weight[:, order])
-        self.attn_conv = RotatedDepthwiseConv2d(self.attn_conv)
-        self.attn_conv.bias = constant(self.attn_conv.bias[order])
+        self.attn_conv = RotatedDepthwiseConv2d(conv)
 
     @torch.jit.ignore
     def attention_map(self, x: torch.Tensor) -> torch.Tensor:

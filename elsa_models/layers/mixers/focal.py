@@ -105,7 +105,7 @@ def resize_pool(weight: torch.Tensor, size: int) -> torch.Tensor:
     return resize_grid(weight, size) * (weight.shape[1] / size ** 2)
 
 
-def _like(parameter: nn.Parameter, x: torch.Tensor) -> nn.Parameter:
+def _like(parameter: torch.Tensor, x: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(x, requires_grad=parameter.requires_grad)
 
 
@@ -431,7 +431,7 @@ class FocalAttention(Mixer):
         """Query, key and value (B, windows, pixels, 3 * dim) of maps; key and value of each window's pooled token."""
         windows = partition_windows(x, self.window_size[0])
         pooled = self.pool.weight @ windows + self.pool.bias  # B, windows, 1, dim
-        bias = self.qkv.bias
+        bias: Optional[torch.Tensor] = self.qkv.bias
         if bias is not None:
             bias = bias[self.dim:]
         return self.qkv(windows), F.linear(pooled, self.qkv.weight[self.dim:], bias)

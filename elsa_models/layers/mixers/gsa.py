@@ -198,8 +198,10 @@ class GlobalSelfAttention(Mixer):
                 dtype = x.dtype
                 x = bn(x.to(bn.weight.dtype).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(dtype)
             else:  # as the map comes: half precision could not hold it
-                scale = bn.weight.to(x.dtype) / torch.sqrt(bn.running_var.to(x.dtype) + bn.eps)
-                x = torch.addcmul(bn.bias.to(x.dtype) - bn.running_mean.to(x.dtype) * scale, x, scale)
+                mean, var = bn.running_mean, bn.running_var
+                assert mean is not None and var is not None
+                scale = bn.weight.to(x.dtype) / torch.sqrt(var.to(x.dtype) + bn.eps)
+                x = torch.addcmul(bn.bias.to(x.dtype) - mean.to(x.dtype) * scale, x, scale)
             return x.reshape(B, H, W, C)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -127,8 +127,8 @@ class LocalGlobalAttention(Mixer):
 
     def _path_sizes(self, feat_size: Tuple[int, int]) -> List[Tuple[int, int]]:
         """Height and width of each path's map, at least a window's: `WindowAttention` cuts windows to its map."""
-        sizes = [
-            tuple([max((s + r - 1) // r, w) for s, w in zip(feat_size, self.window_size)]) for r in self.ratios]
+        (H, W), (window_h, window_w) = feat_size, self.window_size
+        sizes = [(max((H + r - 1) // r, window_h), max((W + r - 1) // r, window_w)) for r in self.ratios]
         if self.has_global_path:
             sizes[-1] = self.window_size
         return sizes
@@ -152,6 +152,7 @@ class LocalGlobalAttention(Mixer):
         if window_size is not None:
             self.window_size = pair('window_size', window_size)
         for path, size in zip(self.paths, self._path_sizes(feat_size)):
+            assert isinstance(path, WindowAttention)
             path.set_input_size(size, self.window_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...ops._autocast import without_autocast
 from ...ops.map_refinement import Moments, Norm, Weights, refined_product
@@ -226,17 +227,17 @@ class MapRefinement(nn.Module):
                 bn._buffers.update(kept)
 
     @torch.jit.unused
-    def _norms(self) -> List[nn.Module]:
+    def _norms(self) -> List[_BatchNorm]:
         return [self.bn1, self.bn2, self.bn3, self.bn4]
 
     @torch.jit.unused
     def product(self, maps: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Product (B, num_heads, N, d) of refined maps and values (B, num_heads, N, d), both float32 or float64."""
         with _without_autocast(maps):
-            norms: List[Optional[Norm]] = [None]
+            norms: List[Norm] = []
             if self.lean and not _is_recorded(maps) and maps.shape[0]:
-                norms = [_norm_of(bn, maps.dtype) for bn in self._norms()]
-            if any(norm is None for norm in norms):
+                norms = [norm for norm in (_norm_of(bn, maps.dtype) for bn in self._norms()) if norm is not None]
+            if len(norms) < 4:
                 return torch.matmul(self(maps), value)
             weights = Weights(*(m.weight.to(maps.dtype) for m in (self.expand, self.conv, self.reduce)))
             out, moments = refined_product(maps, value, weights, norms, self.scale)
@@ -254,12 +255,12 @@ def _check_heads(dim: int, num_heads: int) -> Tuple[int, int]:
     return num_heads, dim // num_heads
 
 
-def _norm_of(bn: nn.Module, dtype: torch.dtype) -> Optional[Norm]:
+def _norm_of(bn: _BatchNorm, dtype: torch.dtype) -> Optional[Norm]:
     """What a norm computes, None if it is of an unknown kind."""
     if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or bn.weight is None or bn._forward_hooks:
         return None
     weight, bias = bn.weight.to(dtype), bn.bias.to(dtype)
-    if not bn.training and bn.running_mean is not None:
+    if not bn.training and bn.running_mean is not None and bn.running_var is not None:
         return Norm(weight, bias, bn.running_mean.to(dtype), bn.running_var.to(dtype), bn.eps)
     group = None
     if isinstance(bn, nn.SyncBatchNorm) and bn.training and torch.distributed.is_initialized():
@@ -270,9 +271,9 @@ def _norm_of(bn: nn.Module, dtype: torch.dtype) -> Optional[Norm]:
 
 
 @torch.no_grad()
-def _count(bn: nn.Module, moments: Moments) -> None:
+def _count(bn: _BatchNorm, moments: Moments) -> None:
     """Update the running statistics of a BatchNorm, as its own forward does."""
-    if not bn.training or bn.running_mean is None:
+    if not bn.training or bn.running_mean is None or bn.running_var is None:
         return
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:

@@ -99,7 +99,7 @@ class _Unified(Mixer):
         table = self.relative_position_bias_table
         if table is not None:
             trunc_normal_(table, std=len(table) ** -0.5 if self.normalisation == 'identity' else .02)
-        if self.gain is not None:
+        if self.gain is not None and self.offset is not None:
             nn.init.constant_(self.gain, self.num_pixels ** -0.5)
             nn.init.zeros_(self.offset)
 

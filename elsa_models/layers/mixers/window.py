@@ -2,7 +2,7 @@
 
 Paper: `Swin Transformer: Hierarchical Vision Transformer using Shifted Windows` - https://arxiv.org/abs/2103.14030
 """
-from typing import Optional, Tuple, Union
+from typing import Optional, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -102,15 +102,17 @@ class WindowMixer(Mixer):
         self.register_buffer('attn_mask', None, persistent=False)
 
     def _set_window(self, feat_size: Tuple[int, int], window_size: Tuple[int, int]) -> None:
-        shift_size = tuple([w // 2 if self.shift else 0 for w in window_size])
+        H, W = feat_size
+        window_h, window_w = window_size
+        shift_h, shift_w = (window_h // 2, window_w // 2) if self.shift else (0, 0)
         if not self.always_partition:
-            covered = [f <= w for f, w in zip(feat_size, window_size)]
-            if any(covered) and not self.shift_each_side:
-                covered = [True, True]
-            shift_size = tuple([0 if c else s for c, s in zip(covered, shift_size)])
-            window_size = tuple([min(f, w) for f, w in zip(feat_size, window_size)])
-        self.feat_size, self.window_size, self.shift_size = tuple(feat_size), window_size, shift_size
-        self.window_area = window_size[0] * window_size[1]
+            covered_h, covered_w = H <= window_h, W <= window_w
+            if not self.shift_each_side:
+                covered_h = covered_w = covered_h or covered_w
+            shift_h, shift_w = 0 if covered_h else shift_h, 0 if covered_w else shift_w
+            window_h, window_w = min(H, window_h), min(W, window_w)
+        self.feat_size, self.window_size, self.shift_size = (H, W), (window_h, window_w), (shift_h, shift_w)
+        self.window_area = window_h * window_w
 
     def _init_buffers(self, dtype: torch.dtype, device: torch.device) -> None:
         self.relative_position_index = get_relative_position_index(*self.window_size, device=device)
@@ -416,4 +418,4 @@ def _wrapped(places: torch.Tensor, size: int) -> torch.Tensor:
 @torch.jit.unused
 def _at_most_one(size: int) -> int:
     # torch.jit.trace has tensors for sizes
-    return size.clamp(max=1) if isinstance(size, torch.Tensor) else torch.sym_min(size, 1)
+    return size.clamp(max=1) if isinstance(size, torch.Tensor) else cast(int, torch.sym_min(size, 1))
