@@ -1,4 +1,6 @@
 """Every block of Python in README.md and docs/ runs as it is printed, in a process of its own."""
+import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -21,13 +23,29 @@ FILES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 SLOW = ('torch.export.export', 'torch.onnx.export', 'export_onnx')  # half a minute and more
 
 
+def _missing(code):
+    """Libraries that the code imports and that are not installed."""
+    found = [n for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {a.name for n in found if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in found if isinstance(n, ast.ImportFrom)}
+    return sorted(n for n in {name.partition('.')[0] for name in names} if importlib.util.find_spec(n) is None)
+
+
+def _marks(path, code):
+    if any(word in code for word in SLOW):
+        yield pytest.mark.slow
+    if path.name == 'use-with.md':
+        missing = _missing(code) or (_missing('import accelerate') if 'Trainer(' in code else [])
+        yield pytest.mark.slow  # imports alone take seconds
+        yield pytest.mark.skipif(bool(missing), reason=f'not installed: {", ".join(missing)}')
+
+
 def _blocks():
     for path in FILES:
         text = path.read_text(encoding='utf-8')
         for match in re.finditer(r'^```python\n(.*?)^```$', text, re.MULTILINE | re.DOTALL):
             line = text[:match.start()].count('\n') + 2
-            marks = [pytest.mark.slow] if any(word in match[1] for word in SLOW) else []
-            yield pytest.param(match[1], marks=marks, id=f'{path.relative_to(ROOT)}:{line}')
+            yield pytest.param(match[1], marks=[*_marks(path, match[1])], id=f'{path.relative_to(ROOT)}:{line}')
 
 
 BLOCKS = list(_blocks())
@@ -58,6 +76,13 @@ def _write_photo(path):
     Image.fromarray(noise).resize((451, 333), Image.Resampling.BICUBIC).save(path)
 
 
+def _write_pictures(path):
+    for kind in ('train/cats', 'train/dogs', 'val/cats', 'val/dogs'):
+        (path / kind).mkdir(parents=True)
+        for i in range(4):
+            _write_photo(path / kind / f'{i}.png')
+
+
 def _train_segmenter(path):
     arguments = [
         '--config', ROOT / 'configs' / 'segmentation' / 'shapes.yaml', '--output', path, '--name',
@@ -71,6 +96,7 @@ WRITERS = {  # by what a block reads
     "InferenceSession('model.onnx'": ('model.onnx', _write_onnx),
     "compile_model('model.onnx'": ('model.onnx', _write_onnx),
     "Image.open('photo.jpg')": ('photo.jpg', _write_photo),
+    "'pictures'": ('pictures', _write_pictures),
     "'output/shapes_segmentation/model'": ('output', _train_segmenter),
 }
 

@@ -149,6 +149,8 @@ def warm_start(
     left at its initial value with all its parts, and so are classifiers for other numbers of classes. Parts that the
     model adds to its relative's may be set to zero, where their family says so: it then begins as the relative.
 
+    Whatever is raised, the model is as it was.
+
     Args:
         model: A model of this package; feature extractors have to be made from the model afterwards.
         source: Name of a timm model, with tag, whose pretrained weights are downloaded; a `hf-hub:` or `local-dir:`
@@ -163,8 +165,6 @@ def warm_start(
         TypeError: The model or the source is of another type.
         FileNotFoundError: There is no such file.
         WeightsError: The file cannot be read, or the weights of the name could not be downloaded.
-
-        Whatever is raised, the model is as it was.
     """
     family = family_of(model)
     if family is None:
