@@ -5,6 +5,7 @@ import http.client
 import os
 import re
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +35,8 @@ GO_ONLINE = 'unset HF_HUB_OFFLINE, once, to fill the cache'
 
 
 _unreachable: Optional[Exception] = None  # why the hub does not answer, while `reaching_hub` works without it
+_inside = 0  # calls that do
+_lock = threading.Lock()
 
 
 class SourceError(WeightsError):
@@ -123,19 +126,24 @@ def reaching_hub() -> Iterator[None]:
     Raises:
         Exception: Why the hub does not answer, where the cache is not enough.
     """
-    global _unreachable
-    former = (_unreachable, constants.HF_HUB_OFFLINE)
-    why = _unreachable or _why_unreachable()
+    global _unreachable, _inside
+    with _lock:
+        why = _unreachable or _why_unreachable()
+        if why is not None:
+            _inside += 1
+            _unreachable, constants.HF_HUB_OFFLINE = why, True
     if why is None:
         yield
         return
-    _unreachable, constants.HF_HUB_OFFLINE = why, True
     try:
         yield
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise why from None
     finally:
-        _unreachable, constants.HF_HUB_OFFLINE = former
+        with _lock:
+            _inside -= 1
+            if not _inside:  # the last of several threads
+                _unreachable, constants.HF_HUB_OFFLINE = None, False
 
 
 def download_from_hub(
