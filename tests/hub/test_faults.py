@@ -266,6 +266,21 @@ def test_without_a_network_one_line_says_so_at_once(own_world):
     assert second.startswith("'test_vit.r160_in1k' could not be had. ConnectError")
 
 
+def test_threads_without_a_network_leave_the_hubs_mode_as_it_was(monkeypatch):
+    from huggingface_hub import constants
+
+    from elsa_models.hub import sources
+    monkeypatch.setattr(sources, '_why_unreachable', lambda: OSError('no route'))
+    first, second = sources.reaching_hub(), sources.reaching_hub()
+    first.__enter__()
+    second.__enter__()
+    assert constants.HF_HUB_OFFLINE
+    first.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE  # the second is at work
+    second.__exit__(None, None, None)
+    assert not constants.HF_HUB_OFFLINE and sources._unreachable is None
+
+
 # the disk
 
 
