@@ -89,14 +89,15 @@ def refined_product(
     Returns:
         The product (B, h, N, d), and for each norm that uses the batch's statistics those, otherwise None.
     """
-    tensors = [attn.contiguous(), value, *weights]
+    attn = attn.contiguous()
+    tensors = [attn, value, *weights]
     for norm in norms:
         tensors += norm[:2]
     norms = [norm._replace(mean=_detached(norm.mean), var=_detached(norm.var)) for norm in norms]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         out, *found = _RefinedProduct.apply(scale, norms, *tensors)
     else:
-        out, state, _ = _forward(*tensors[:2], weights, norms, scale)
+        out, state, _ = _forward(attn, value, weights, norms, scale)
         found = [x for moments in state.moments if moments is not None for x in moments]
     found = iter(found)
     return out, [Moments(next(found), next(found)) if norm.mean is None else None for norm in norms]
@@ -170,11 +171,19 @@ def _all_sum(group: Optional[torch.distributed.ProcessGroup], *tensors: torch.Te
     return [x.view_as(y) for x, y in zip(flat.split([y.numel() for y in tensors]), tensors)]
 
 
-def _settle(norm: Norm, count: int, mean: torch.Tensor, spread: torch.Tensor) -> Tuple[_Affine, Optional[Moments]]:
+def _settle(
+        norm: Norm,
+        count: int,
+        mean: Optional[torch.Tensor],
+        spread: Optional[torch.Tensor],
+) -> Tuple[_Affine, Optional[Moments]]:
     """Fix a norm, to the statistics of the batch unless it has its own."""
-    if norm.mean is not None:
+    var: torch.Tensor
+    moments: Optional[Moments]
+    if norm.mean is not None and norm.var is not None:
         mean, var, moments, share = norm.mean, norm.var, None, 0.
     else:
+        assert mean is not None and spread is not None
         if norm.group is not None:
             local = mean
             total, number = _all_sum(norm.group, count * mean, mean.new_tensor([count]))
@@ -270,8 +279,8 @@ def _forward(
     affine: List[_Affine] = []
     moments: List[Optional[Moments]] = []
 
-    def settle(*statistics) -> None:
-        found = _settle(norms[len(affine)], *statistics)
+    def settle(mean: Optional[torch.Tensor] = None, spread: Optional[torch.Tensor] = None) -> None:
+        found = _settle(norms[len(affine)], count, mean, spread)
         affine.append(found[0])
         moments.append(found[1])
 
@@ -283,63 +292,65 @@ def _forward(
             x = (strips.maps(*strip) - mean[:, None, None]).flatten(2)
             scatter += torch.bmm(x, x.transpose(1, 2)).sum(dim=0)
         expand = strips.expand
-        settle(count, expand @ mean, ((expand @ scatter) * expand).sum(dim=1))
+        settle(expand @ mean, ((expand @ scatter) * expand).sum(dim=1))
     else:
-        settle(count, None, None)
+        settle()
 
     if norms[1].mean is None:
         statistics = _Statistics()
         for _, x in strips.keep(affine[0]):
             statistics.add(x)
-        settle(*statistics.total())
+        settle(*statistics.total()[1:])
     else:
-        settle(count, None, None)
-
-    def reduced(*strip) -> torch.Tensor:
-        return strips.reduced(strips.activated(strips.expanded(*strip, affine[0]), affine[1]))
+        settle()
 
     kept = _Kept(strips.kept, None, None, None)
     terms = None
     out = torch.empty_like(value, memory_format=torch.contiguous_format)
     # M = outer * (A + inner * R) + shift, and the shift of all entries alike is one of the product
     if norms[2].mean is None or norms[3].mean is None:
-        kept = kept._replace(reduced=torch.empty_like(attn))
-        statistics = _Statistics()
-        attn_mean, attn_spread, joint = mean, None if scatter is None else scatter.diagonal(), None
+        of_attn: Optional[Tuple[torch.Tensor, torch.Tensor]] = None  # mean and spread, for BN4's statistics
         if norms[3].mean is None:
-            joint = attn.new_zeros(attn.shape[1])
-            if scatter is None:
-                of_attn = _Statistics()
+            if mean is not None and scatter is not None:
+                of_attn = mean, scatter.diagonal()
+            else:
+                statistics = _Statistics()
                 for strip in strips:
-                    of_attn.add(strips.maps(*strip))
-                _, attn_mean, attn_spread = of_attn.total()
+                    statistics.add(strips.maps(*strip))
+                of_attn = statistics.total()[1:]
+        reduced = torch.empty_like(attn)
+        joint = attn.new_zeros(attn.shape[1])
+        statistics = _Statistics()
         for images, low, high in strips:
-            kept.reduced[images, :, low:high] = x = reduced(images, low, high)
+            x = strips.reduced(strips.activated(strips.expanded(images, low, high, affine[0]), affine[1]))
+            reduced[images, :, low:high] = x
             statistics.add(x)
-            if joint is not None:
-                joint += _inner(strips.maps(images, low, high) - attn_mean[:, None, None], x)
-        _, *of_reduced = statistics.total()
-        settle(count, *of_reduced)
-        if joint is not None:
-            terms = _Terms(attn_mean, *of_reduced, joint)
-            gain = affine[2].gain
+            if of_attn is not None:
+                joint += _inner(strips.maps(images, low, high) - of_attn[0][:, None, None], x)
+        _, reduced_mean, reduced_spread = statistics.total()
+        settle(reduced_mean, reduced_spread)
+        third = affine[2]
+        if of_attn is not None:
+            attn_mean, attn_spread = of_attn
+            terms = _Terms(attn_mean, reduced_mean, reduced_spread, joint)
             settle(
-                count, attn_mean + gain * of_reduced[0] + affine[2].shift,
-                attn_spread + gain * (2. * joint + gain * of_reduced[1]))
+                attn_mean + third.gain * reduced_mean + third.shift,
+                attn_spread + third.gain * (2. * joint + third.gain * reduced_spread))
         else:
-            settle(count, None, None)
-        kept = kept._replace(attn_value=attn @ value, reduced_value=kept.reduced @ value)
-        third, fourth = affine[2:]
-        torch.addcmul(kept.attn_value, kept.reduced_value, third.gain[:, None, None], out=out)
+            settle()
+        attn_value, reduced_value = attn @ value, reduced @ value
+        kept = _Kept(strips.kept, reduced, attn_value, reduced_value)
+        torch.addcmul(attn_value, reduced_value, third.gain[:, None, None], out=out)
     else:
-        settle(count, None, None)
-        settle(count, None, None)
-        third, fourth = affine[2:]
+        settle()
+        settle()
+        third = affine[2]
         for images, low, high in strips:
             x = strips.expanded(images, low, high, affine[0])
             x = strips.reduced(strips.activated(x, affine[1]), third.gain)
             x += strips.maps(images, low, high)
             out[images, :, low:high] = torch.matmul(x, value[images])
+    fourth = affine[3]
     outer = (scale * fourth.gain)[:, None, None]
     shift = (scale * (fourth.gain * third.shift + fourth.shift))[:, None, None]
     out = torch.addcmul(shift * value.sum(dim=2, keepdim=True), out, outer)
@@ -436,7 +447,7 @@ def _backward(
     # those of grad and the maps times the values.
     strips.kept = kept.expanded
     reduced, attn_value, reduced_value = kept[1:]
-    if reduced is None:
+    if reduced is None or attn_value is None or reduced_value is None:
         reduced = torch.empty_like(attn)
         for (images, low, high), x in strips.keep(first):
             reduced[images, :, low:high] = strips.reduced(strips.activated(x, second))
@@ -467,7 +478,7 @@ def _backward(
     s3_all, sx3_all = total(2, s3, sx3)
 
     # first pass: W3 and the sums that BN2 needs
-    grads = torch.empty_like(strips.kept)  # of BN2's output
+    grads = attn.new_empty(attn.shape[0], strips.expand.shape[0], N, N)  # of BN2's output
     grad_reduce = torch.zeros_like(strips.reduce)
     s2, sx2 = (attn.new_zeros(strips.expand.shape[0]) for _ in range(2))
     bias3 = torch.zeros_like(s3)  # s3, with less rounding: it vanishes where BN4 has the batch's statistics
@@ -507,7 +518,7 @@ def _backward(
         inputs = strips.hidden(images, top, bottom, first)
         g = torch.addcmul(_per_map(constant2), grads[images, :, top:bottom], _per_map(second.gain))
         if second.share != 0.:
-            g.addcmul_(strips.kept[images, :, top:bottom], _per_map(slope2))
+            g.addcmul_(strips.expanded(images, top, bottom, first), _per_map(slope2))
         padded = inputs
         if bottom - top != high - low + 2:
             padded = F.pad(inputs, (0, 0, 1 - (low - top), 1 - (bottom - high)))
@@ -524,7 +535,8 @@ def _backward(
     expand = strips.expand
     sx1 = first.rstd * ((expand * cross).sum(dim=1) - first.mean * s1)
     grad_expand = first.gain[:, None] * cross
-    if first.share != 0.:  # what BN1's statistics do to A and W1, both by way of matrices of h x h
+    if state.mean is not None and state.scatter is not None:
+        # what BN1's statistics do to A and W1, both by way of matrices of h x h
         s1_all, sx1_all = total(0, s1, sx1)
         slope1, constant1 = _input_gradient(first, s1_all, sx1_all)
         sums = count * state.mean
