@@ -2,9 +2,9 @@
 
     elsa convert elsa_swin_tiny elsa_swin_tiny.pth.tar OUT --tag damo_in1k
 
-It takes the authors' ELSA classification checkpoints, with or without averaged weights; the backbone inside their
-detection and segmentation checkpoints; our own training checkpoints; and checkpoints of timm's Swin and VOLO, of which
-what ELSA shares with them is copied. It prints what became of every entry.
+It takes the classification checkpoints of a model's authors, with or without averaged weights; the backbone inside
+their detection and segmentation checkpoints; our own training checkpoints; and those of a relative, such as timm's Swin
+or VOLO, of which what the model shares with it is copied. It prints what became of every entry.
 """
 import argparse
 import json
