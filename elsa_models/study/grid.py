@@ -227,6 +227,11 @@ def macs(model: str, args: Dict[str, Any]) -> int:
     return count_macs(timm.create_model(model, device='meta', num_classes=10, **args))
 
 
+def num_params(model: str, args: Dict[str, Any]) -> int:
+    """Parameters of a network for ten classes, by its arguments."""
+    return sum(p.numel() for p in timm.create_model(model, device='meta', num_classes=10, **args).parameters())
+
+
 @cache
 def _equal_ratio(model: str, args: str, baseline: str) -> float:
     """The MLP ratio with which multiply-accumulates are those of the baseline: the first near enough, or the best."""

@@ -16,6 +16,9 @@ from .data import prepare
 from .grid import TEST, Study
 from .runner import Places
 
+_HEADS = 4  # drawn of each mixer
+_ROWS = 6  # mixers below each other
+
 
 class Weights(NamedTuple):
     """The weights of one pixel of one map."""
@@ -85,17 +88,19 @@ def draw(path: Path, places: Places, images: Path) -> Path:
         image = normalise(torch.as_tensor(create_eval_transform(config)(picture)), config['mean'], config['std'])
         weights = look(model, image)
         if weights:
-            rows.append(Weights(mixer, weights))
-    columns = max(len(row.heads) for row in rows)
-    size = (2. + 1.1 * (columns + 1), 1.2 * len(rows))
+            rows.append(Weights(mixer, weights[:_HEADS]))
+    columns = -(-len(rows) // _ROWS)
+    size = (1.3 * (1 + columns * _HEADS), .6 + 1.2 * min(_ROWS, len(rows)))
     figure = require('matplotlib.figure').Figure(figsize=size, layout='constrained')
-    axes = figure.subplots(len(rows), columns + 1, squeeze=False)
+    axes = figure.subplots(min(_ROWS, len(rows)), 1 + columns * _HEADS, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     axes[0, 0].imshow(picture)
-    for row, of_row in zip(rows, axes):
-        of_row[1].set_title(row.mixer, fontsize=9, loc='left')
-        for ax, weights in zip(of_row[1:], row.heads):
+    for number, row in enumerate(rows):
+        column, line = divmod(number, _ROWS)
+        first = 1 + column * _HEADS
+        axes[line, first].set_title(row.mixer, fontsize=9, loc='left')
+        for ax, weights in zip(axes[line, first:], row.heads):
             limit = weights.abs().max().item() or 1.
             ax.imshow(weights.numpy(), cmap='RdBu_r', vmin=-limit, vmax=limit)
     out = images / f'study_weights_{study.name}.png'

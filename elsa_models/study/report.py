@@ -2,14 +2,15 @@
 import csv
 import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from .._extras import require
 from .._files import write_atomically
-from .grid import MACS, SWAP, TEST, Study, cell_of, find_cell, macs
+from .grid import MACS, SWAP, TEST, Study, cell_of, find_cell, macs, num_params
 from .runner import Places, chosen_lrs
 from .statistics import Interval, interval, paired
 
+_BELOW = 10.  # points below the baseline, under which a mixer is named in the title instead of drawn
 Scores = Dict[str, Dict[int, float]]  # by mixer and seed
 
 
@@ -131,10 +132,11 @@ def results_table(outcome: Outcome, reading: str, costs: Dict) -> str:
         score = f'{means[mixer]:.2f}' + (f' ± {of_mixer.std:.2f}' if of_mixer else '')
         to_baseline = paired(scores[mixer], scores.get(baseline, {})) if mixer != baseline else None
         cost = cost_of(costs, outcome.study, SWAP if mixer == baseline else reading, mixer) or {}
+        network = (outcome.study.settings.model, outcome.study.model_args(mixer, reading))
         cells = [
             mixer, f'{outcome.lrs[mixer]:g}', str(len(scores[mixer])), score, shown(to_baseline),
-            f'{int(cost["params"]) / 1e3:.0f}' if cost else '', f'{int(cost["macs"]) / 1e6:.2f}' if cost else '',
-            cost.get('train_ratio', ''), cost.get('infer_ratio', ''), cost.get('train_peak_mib', '')]
+            f'{num_params(*network) / 1e3:.0f}', f'{macs(*network) / 1e6:.2f}', cost.get('train_ratio', ''),
+            cost.get('infer_ratio', ''), cost.get('train_peak_mib', '')]
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
@@ -230,33 +232,64 @@ def report(paths: Sequence[Path], places: Places, document: Path, images: Path) 
 
 
 def _draw_accuracy(outcomes: Sequence[Outcome], costs: Dict) -> object:
-    """Score against multiply-accumulates, with intervals of the mean; a row for each reading."""
-    figure_class = require('matplotlib.figure').Figure
+    """Score against multiply-accumulates, with intervals of the mean; a panel for each study and reading."""
     panels = [
         (outcome, reading) for outcome in outcomes for reading, scores in outcome.scores.items()
         if any(len(values) > 1 for mixer, values in scores.items() if mixer != outcome.study.settings.baseline)]
-    figure = figure_class(figsize=(7.5 * max(1, len(panels)), 5.5), layout='constrained')
-    for ax, (outcome, reading) in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels):
+    number = max(1, len(panels))
+    figure = require('matplotlib.figure').Figure(figsize=(8.5 * number, 6.), layout='constrained')
+    for ax, (outcome, reading) in zip(figure.subplots(1, number, squeeze=False)[0], panels):
         study = outcome.study
-        for mixer, values in outcome.scores[reading].items():
-            found = interval(list(values.values()))
-            if found is None:
+        found = {mixer: interval(list(values.values())) for mixer, values in outcome.scores[reading].items()}
+        found = {mixer: x for mixer, x in sorted(found.items(), key=lambda pair: -_mean(pair[1])) if x is not None}
+        floor = found[study.settings.baseline].mean - _BELOW if study.settings.baseline in found else 0.
+        below = [f'{mixer} {x.mean:.1f} ± {x.std:.1f}' for mixer, x in found.items() if x.mean < floor]
+        places = []
+        for i, (mixer, x) in enumerate(found.items()):
+            if x.mean < floor:
                 continue
-            cost = macs(study.settings.model, study.model_args(mixer, reading)) / 1e6
-            if reading == MACS:  # equal: by name instead
-                cost = len(ax.lines) / 3
+            # where all cost the same, side by side
+            cost = macs(study.settings.model, study.model_args(mixer, reading)) / 1e6 if reading == SWAP else i
             color = '#c51b2b' if mixer == study.settings.baseline else '#ff7f0e' if 'elsa' in mixer else '#2f6fb0'
-            ax.errorbar(
-                cost, found.mean, yerr=found.high - found.mean, fmt='o', color=color, capsize=3, alpha=.8)
-            ax.annotate(mixer, (cost, found.mean), xytext=(5, 4), textcoords='offset points', fontsize=8)
-        ax.set_title(f'{study.name}: {"attention swapped alone" if reading == SWAP else "equal multiply-accumulates"}')
+            ax.errorbar(cost, x.mean, yerr=x.high - x.mean, fmt='o', color=color, capsize=3, alpha=.7)
+            places.append((mixer, cost, x.mean, color))
+        title = 'attention swapped alone' if reading == SWAP else 'equal multiply-accumulates'
+        ax.set_title(f'{study.name}: {title}' + (f'\n(below: {", ".join(below)})' if below else ''), fontsize=11)
         ax.set_ylabel('score on the test part (%), mean and its 95 % interval')
         if reading == SWAP:
             ax.set_xlabel('multiply-accumulates of an image (millions)')
         else:
             ax.set_xticks([])
+        ax.margins(x=.12)
         ax.grid(alpha=.3)
+        figure.draw_without_rendering()
+        _write_names(ax, places)
     return figure
+
+
+def _mean(found: Optional[Interval]) -> float:
+    return 0. if found is None else found.mean
+
+
+def _write_names(ax: Any, places: List[Tuple[str, float, float, str]]) -> None:
+    """Write names beside points, none over another."""
+    taken: List[Tuple[float, float, float]] = []  # left, right and middle of each, in points
+    scale = 72. / ax.figure.dpi
+    for name, x, y, color in places:
+        left, middle = ax.transData.transform((x, y)) * scale
+        width = 4.6 * len(name)
+        for step in sorted(range(-12, 13), key=abs):
+            for start in (left + 7., left - 7. - width):
+                place = start, start + width, middle + 9. * step
+                if all(place[1] < a or place[0] > b or abs(place[2] - c) >= 9. for a, b, c in taken):
+                    break
+            else:
+                continue
+            break
+        taken.append(place)
+        ax.annotate(
+            name, (x, y), xytext=(place[0] - left, place[2] - middle), textcoords='offset points', fontsize=8,
+            va='center', color=color, arrowprops=dict(arrowstyle='-', color=color, alpha=.3, shrinkA=0, shrinkB=0))
 
 
 def _draw_factors(outcomes: Sequence[Outcome], costs: Dict) -> object:
