@@ -125,7 +125,7 @@ def _logarithmic(axes: plt.Axes, x: str, y: str, legend: bool, ticks: Iterable[f
 def draw_peers(rows: Rows, path: Path) -> None:
     """Published accuracy against measured time, one panel for each runtime and batch."""
     panels = groups([r for r in rows if r['top1']], 'runtime', 'batch')
-    figure, all_axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 5.2), sharey=True, squeeze=False)
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(8. * len(panels), 6.5), sharey=True, squeeze=False)
     for axes, ((runtime, batch), panel) in zip(all_axes[0], panels.items()):
         for source, marker, label in (('timm', 'o', "timm's"), ('paper', '*', 'of this package')):
             chosen = having(panel, source=source)
@@ -142,7 +142,7 @@ def draw_peers(rows: Rows, path: Path) -> None:
         axes.set_xticks(ticks, [f'{x:g}' for x in ticks])
         axes.set_xticks([], minor=True)
     all_axes[0][0].set_ylabel('ImageNet-1k top-1 (%), as published')
-    all_axes[0][0].legend(fontsize=8, loc='lower right')
+    all_axes[0][0].legend(fontsize=8, loc='upper left')
     figure.suptitle(rows[-1]['hardware'], fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
