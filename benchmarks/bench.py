@@ -90,7 +90,11 @@ def parse_args() -> argparse.Namespace:
 
 def build(name: str, size: int, args: argparse.Namespace) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=size).to(args.device, getattr(torch, args.dtype))
+    try:
+        model = timm.create_model(name, img_size=size)
+    except TypeError:  # convolutional networks, which take any size
+        model = timm.create_model(name)
+    model = model.to(args.device, getattr(torch, args.dtype))
     return model.to(memory_format=torch.channels_last) if args.device.startswith('cuda') else model
 
 

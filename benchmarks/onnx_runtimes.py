@@ -21,8 +21,7 @@ from typing import Callable, List, Tuple
 
 import harness
 import numpy as np
-import timm
-import torch
+from bench import build
 
 from elsa_models.export import PRECISIONS, export_onnx
 
@@ -48,30 +47,22 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def build_model(name: str, size: int) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, img_size=size)
-
-
-def export(
-        name: str, precision: str, folder: Path, args: argparse.Namespace, build: Callable = build_model,
-) -> Tuple[Path, float]:
+def export(name: str, precision: str, folder: Path, args: argparse.Namespace) -> Tuple[Path, float]:
     """The file and the seconds that its export took in a new process, checks included; nan if it was there.
 
     Not in this one: ONNX Runtime's thread pools are either all of a session or all shared, see `share_threads`.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as executor:
-        return executor.submit(_export, name, precision, folder, args, build).result()
+        return executor.submit(_export, name, precision, folder, args).result()
 
 
-def _export(
-        name: str, precision: str, folder: Path, args: argparse.Namespace, build: Callable) -> Tuple[Path, float]:
+def _export(name: str, precision: str, folder: Path, args: argparse.Namespace) -> Tuple[Path, float]:
     path = folder / f'{name}_{args.img_size}_{precision}.onnx'
     if path.exists():
         return path, float('nan')
     start = time.perf_counter()
     export_onnx(
-        build(name, args.img_size), path, img_size=args.img_size, dynamic_batch=False, precision=precision,
+        build(name, args.img_size, args), path, img_size=args.img_size, dynamic_batch=False, precision=precision,
         images=args.images if precision == 'int8' else None)
     return path, time.perf_counter() - start
 

@@ -18,8 +18,8 @@ from typing import Callable, List, NamedTuple, Optional
 
 import harness
 import onnx_runtimes
-import timm
 import torch
+from bench import build, make_images
 
 from elsa_models.inspect import count_macs
 
@@ -93,21 +93,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def build(name: str, size: int) -> torch.nn.Module:
-    torch.manual_seed(0)
-    try:
-        model = timm.create_model(name, img_size=size)
-    except TypeError:  # convolutional networks, which take any size
-        model = timm.create_model(name)
-    return model.eval()
-
-
 def eager_step(name: str, size: int, batch: int, args: argparse.Namespace) -> harness.Step:
-    model = build(name, size).to(args.device, getattr(torch, args.dtype))
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-    images = images.to(args.device, getattr(torch, args.dtype))
-    if args.device.startswith('cuda'):
-        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+    model, images = build(name, size, args).eval(), make_images(batch, size, args)
 
     def step() -> torch.Tensor:
         with torch.inference_mode():
@@ -117,8 +104,8 @@ def eager_step(name: str, size: int, batch: int, args: argparse.Namespace) -> ha
 
 
 def onnx_step(name: str, size: int, folder: Path, args: argparse.Namespace) -> harness.Step:
-    settings = argparse.Namespace(**{**vars(args), 'img_size': size, 'runtime': 'onnxruntime'})
-    path, _ = onnx_runtimes.export(name, 'float32', folder, settings, build)
+    settings = argparse.Namespace(**{**vars(args), 'img_size': size, 'dtype': 'float32', 'runtime': 'onnxruntime'})
+    path, _ = onnx_runtimes.export(name, 'float32', folder, settings)
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).numpy()
     return onnx_runtimes.make_step(path, image, settings)
 
@@ -126,7 +113,7 @@ def onnx_step(name: str, size: int, folder: Path, args: argparse.Namespace) -> h
 def measure(peer: Peer, runtime: str, batch: int, make: Callable[[str, int], harness.Step], args) -> None:
     steps: List[harness.Step] = [make(peer.name, peer.size), make(REFERENCE, REFERENCE_SIZE)]
     times = harness.interleave(steps, args.device, args.runs, args.warmup, args.min_seconds)
-    model = build(peer.name, peer.size)
+    model = build(peer.name, peer.size, args)
     row = dict(
         **harness.describe_machine(args), runtime=runtime, batch=batch, model=peer.name, img_size=peer.size,
         top1='' if peer.top1 is None else peer.top1, source=peer.source,
