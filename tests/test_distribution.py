@@ -1,5 +1,8 @@
 """The wheel, built from the sdist, where nothing but the core dependencies is installed."""
+import configparser
 import importlib.metadata as metadata
+import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -9,9 +12,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'elsa_models'
+CONFIG = configparser.ConfigParser()
+CONFIG.read(ROOT / 'setup.cfg')
 FILES = ('setup.cfg', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE')
 
 
@@ -56,10 +62,7 @@ def _closure(requirements):
 @pytest.fixture(scope='module')
 def core_python(built, tmp_path_factory):
     """An interpreter that sees the wheel and the core dependencies, as they are here, and nothing else."""
-    import configparser
-    config = configparser.ConfigParser()
-    config.read(ROOT / 'setup.cfg')
-    core = _closure(config['options']['install_requires'].split('\n'))
+    core = _closure(CONFIG['options']['install_requires'].split('\n'))
     assert {'torch', 'torchvision', 'timm', 'numpy'} <= core and 'numba' not in core and 'onnx' not in core
     folder = tmp_path_factory.mktemp('core')
     _run(sys.executable, '-m', 'venv', '--without-pip', folder)
@@ -73,6 +76,52 @@ def core_python(built, tmp_path_factory):
     with zipfile.ZipFile(built[1]) as wheel:
         wheel.extractall(site)
     return python
+
+
+def _requirements(lines, system='linux', machine='x86_64', python='3.11'):
+    environment = dict(sys_platform=system, platform_machine=machine, python_version=python)
+    found = [Requirement(line) for line in lines.strip().splitlines()]
+    return [r for r in found if r.marker is None or r.marker.evaluate(environment)]
+
+
+def test_floors_are_the_lowest_set():
+    lines = (ROOT / 'constraints' / 'lowest.txt').read_text().splitlines()
+    pins = dict(line.split('==') for line in lines if '==' in line)
+    options = [CONFIG['options']['install_requires'], *CONFIG['options.extras_require'].values()]
+    asked = itertools.chain.from_iterable(map(_requirements, options))
+    floors = {r.name: s.version for r in asked for s in r.specifier if s.operator == '>='}
+    del floors['ruff'], floors['mypy']  # they look at the code, which runs without them
+    assert {'torch', 'timm', 'numba', 'onnx', 'pytest'} <= floors.keys() <= pins.keys()
+    assert [name for name, floor in floors.items() if not f'{pins[name]}.'.startswith(f'{floor}.')] == []
+
+
+@pytest.mark.parametrize('system, machine, python, wanted', [
+    ('linux', 'x86_64', '3.11', '>=0.61'),
+    ('linux', 'aarch64', '3.14', '>=0.61'),
+    ('darwin', 'arm64', '3.13', '>=0.61'),
+    ('win32', 'AMD64', '3.12', '>=0.61'),
+    ('darwin', 'x86_64', '3.13', '<0.63,>=0.61'),
+    ('darwin', 'x86_64', '3.14', None),
+    ('win32', 'ARM64', '3.11', None),
+    ('win32', 'ARM64', '3.12', '>=0.68'),
+])
+def test_numba_is_asked_for_where_it_has_wheels(system, machine, python, wanted):
+    found = _requirements(CONFIG['options.extras_require']['cpu'], system, machine, python)
+    assert [str(r.specifier) for r in found] == ([] if wanted is None else [wanted])
+
+
+def test_an_index_can_show_the_readme():
+    """Its pictures and links lead to the repository that a release was built from."""
+    code = 'import setuptools; setuptools.setup = lambda **kw: print(kw["long_description"])\nimport setup'
+    page = 'https://example.org/owner/name'
+    env = {**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'}
+    texts = [_run(sys.executable, '-c', code, cwd=ROOT, env={**env, 'PROJECT_URL': url}) for url in ('', page + '/')]
+    links = [re.findall(r'(!?)\[[^]]*\]\(([^)]+)\)', text) for text in texts]
+    own = [(mark, link) for mark, link in links[0] if not link.startswith('https://')]
+    assert texts[0] == (ROOT / 'README.md').read_text() + '\n' and len(own) >= 5
+    folder = {'!': f'{page}/raw/v{metadata_version()}', '': f'{page}/blob/v{metadata_version()}'}
+    assert [x for x in links[1] if x[1].startswith(page)] == [(mark, f'{folder[mark]}/{link}') for mark, link in own]
+    assert [x for x in links[1] if not x[1].startswith(page)] == [x for x in links[0] if x not in own]
 
 
 def test_what_is_packed(built):
@@ -91,6 +140,7 @@ def test_what_is_packed(built):
 PROGRAM = '''
 import sys
 sys.path = [p for p in sys.path if p]
+sys.modules['triton'] = None  # torch brings it on Linux
 import timm, torch
 import elsa_models
 from elsa_models import hub, layers, models, ops
