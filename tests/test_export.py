@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from helpers import assert_near
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 import elsa_models
 from elsa_models import export_onnx
@@ -404,3 +405,18 @@ def test_ahead_of_time_compiled(tmp_path, name):
         x = torch.randn(batch, 3, 64, 64)
         with torch.no_grad():
             assert_near(compiled(x), model(x), 1e-4)
+
+
+@pytest.mark.filterwarnings('ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning')
+@pytest.mark.parametrize('change', [
+    weight_norm,
+    parametrizations.weight_norm,
+    lambda layer: prune.l1_unstructured(layer, 'weight', .3),
+], ids=['weight_norm', 'parametrised', 'pruned'])
+def test_weights_that_are_computed(tmp_path, change):
+    model = _shallow()
+    for layer in list(model.modules()):
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            change(layer)
+    path = export_onnx(model, tmp_path / 'model.onnx')
+    _assert_agrees(path, model, torch.randn(2, 3, 64, 64))

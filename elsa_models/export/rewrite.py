@@ -2,6 +2,7 @@
 import copy
 import itertools
 
+import torch
 import torch.nn as nn
 
 from ..layers import Mixer
@@ -13,7 +14,13 @@ def rewrite_for_runtimes(model: nn.Module) -> nn.Module:
     Outputs are those of the model up to rounding. The copy is for export: its parameters have other names, and those
     that do not change are the model's own, where timm's `reparameterize_model` copies all.
     """
-    shared = {id(x): x for x in itertools.chain(model.parameters(), model.buffers())}
+    tensors = itertools.chain(
+        model.parameters(),
+        model.buffers(),
+        # those that hooks compute, as of pruning and weight norm; what has a history cannot be copied
+        (x for module in model.modules() for x in vars(module).values() if isinstance(x, torch.Tensor)),
+    )
+    shared = {id(x): x for x in tensors}
     model = copy.deepcopy(model, shared)
     for module in list(model.modules()):
         if isinstance(module, Mixer):

@@ -1,8 +1,9 @@
 """Checks of what is given to constructors and layers: one error that names the culprit."""
 import operator
-from typing import Any, Collection, Iterable, Tuple
+from typing import Any, Collection, Iterable, Optional, Tuple, Type
 
 import torch
+import torch.nn as nn
 
 from .sizes import sizes_are_known
 
@@ -70,14 +71,16 @@ def check_map(x: torch.Tensor, dim: int) -> None:
         raise ValueError(f'x: got shape {list(x.shape)}, must be a map (B, H, W, {dim}).')
 
 
-def check_images(x: torch.Tensor, channels: int) -> None:
+def check_images(x: torch.Tensor, channels: Optional[int]) -> None:
     """Require images (B, channels, H, W) of a floating-point type.
+
+    Without channels, as of a convolution that an adapter hides, none are required.
 
     Raises:
         ValueError: There are more or fewer dimensions or channels, channels come last, or these are whole numbers.
     """
     if sizes_are_known():
-        if x.dim() != 4 or x.shape[1] != channels:
+        if channels is not None and (x.dim() != 4 or x.shape[1] != channels):
             hint = ''
             if x.dim() == 4 and x.shape[3] == channels:
                 hint = ' Channels come last there; x.permute(0, 3, 1, 2) puts them first.'
@@ -92,3 +95,13 @@ def check_images(x: torch.Tensor, channels: int) -> None:
             raise ValueError(
                 'x: got whole numbers, must be images of a floating-point type. Bytes are divided by 255 and normalised'
                 ' first, as timm.data.create_transform does.')
+
+
+def is_plain(layer: nn.Module, *kinds: Type[nn.Module]) -> bool:
+    """Whether a layer does what its class and parameters say and nothing else, so that these can stand in for a call.
+
+    Adapters (LoRA) and parametrised layers are of other classes; hooks, such as those of pruning, come with the call;
+    weights that hold integers are tensors of a class that few operators know.
+    """
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return type(layer) in kinds and not any(hooks) and not hasattr(layer.weight, '__tensor_flatten__')

@@ -45,8 +45,8 @@ def pad_map(x: torch.Tensor, H: int, W: int) -> torch.Tensor:
 def _cubic_weights(size: int, new_size: int, device: torch.device) -> torch.Tensor:
     # new_size, size: the weights of torch's antialiased bicubic interpolation, Keys' kernel with a = -1/2
     step = size / torch.scalar_tensor(new_size, dtype=torch.float32, device=device)
-    centers = (torch.arange(new_size, device=device) + .5) * step
-    x = ((torch.arange(size, device=device) + .5 - centers[:, None]) / step.clamp(min=1)).abs()
+    centers = (torch.arange(new_size, dtype=torch.float32, device=device) + .5) * step
+    x = ((torch.arange(size, dtype=torch.float32, device=device) + .5 - centers[:, None]) / step.clamp(min=1)).abs()
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-.5 * x + 2.5) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))

@@ -62,7 +62,7 @@ class PaddedPatchEmbed(PatchEmbed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_chans, H, W) to (B, ceil(H / patch), ceil(W / patch), embed_dim)."""
-        check_images(x, self.proj.in_channels)
+        check_images(x, getattr(self.proj, 'in_channels', None))
         B, C, H, W = x.shape
         if self.img_size is not None and self.strict_img_size:
             check_size(H, W, self.img_size[0], self.img_size[1])

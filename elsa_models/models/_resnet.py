@@ -30,8 +30,8 @@ _STAGE_STRIDES = (1, 2, 2, 2)
 MixerFactory = Callable[..., nn.Module]
 
 
-def check_image_size(x: torch.Tensor, channels: int) -> None:
-    """Require images (B, channels, H, W) of at least 32 pixels in height and width.
+def check_image_size(x: torch.Tensor, channels: Optional[int]) -> None:
+    """Require images (B, channels, H, W), as `check_images` takes them, of at least 32 pixels in height and width.
 
     Raises:
         ValueError: They are smaller, or no such images, see `check_images`.
@@ -85,7 +85,7 @@ class StemConv(ConvNormAct):
         Raises:
             ValueError: Images are smaller than 32 pixels.
         """
-        check_image_size(x, self.conv.in_channels)
+        check_image_size(x, getattr(self.conv, 'in_channels', None))
         x = self.conv(x)
         x = self.bn(x)
         return x

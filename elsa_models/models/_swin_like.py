@@ -15,6 +15,7 @@ from timm.models.vision_transformer import get_init_weights_vit
 
 from ..layers import MixerBlock, PaddedPatchEmbed, PaddedPatchMerging
 from ..layers.arguments import pair, per_stage, whole_number
+from ._family import arguments_of
 
 _int_or_pair = Union[int, Tuple[int, int]]
 Windows = Union[_int_or_pair, Sequence[_int_or_pair]]  # for all stages or one per stage
@@ -325,6 +326,10 @@ class SwinLike(nn.Module):
                 ('window_size', window_size), ('window_ratio', window_ratio), ('always_partition', always_partition)):
             if value is not None and not windowed:
                 raise ValueError(f'{name}: got {value!r}, must be None for {type(self).__name__}, without windows.')
+        if always_partition is not None and 'always_partition' not in arguments_of(type(self)):
+            raise ValueError(
+                f'always_partition: got {always_partition!r}, must be None for {type(self).__name__}, with no such '
+                f'argument.')
         if window_size is not None:
             window_size = stage_windows(window_size, num_stages)
         elif window_ratio is not None:

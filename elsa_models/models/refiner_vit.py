@@ -175,7 +175,7 @@ class RefinerStem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map images (B, in_chans, H, W) to (B, ceil(H / patch_size), ceil(W / patch_size), embed_dim)."""
-        check_images(x, self.conv1.in_channels)
+        check_images(x, getattr(self.conv1, 'in_channels', None))
         B, C, H, W = x.shape
         if self.strict_img_size:
             check_size(H, W, self.img_size[0], self.img_size[1])

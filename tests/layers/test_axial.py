@@ -276,8 +276,8 @@ def test_attention_map():
     assert_near(weights[..., 4:].sum(-1), torch.ones(2, 4, 6, 2), 1e-12)
     # the last layer by its weights
     y = mixer.height(lines(x.transpose(1, 2))).view(2, 6, 4, 8).transpose(1, 2)
-    weight, bias, *_, rel_value = mixer.width.fold()
-    v = F.linear(y, weight, bias)[..., 8:].view(2, 4, 6, 2, 4)
+    scale, bias, *_, rel_value = mixer.width.fold()
+    v = (mixer.width.qkv(y) * scale + bias)[..., 8:].view(2, 4, 6, 2, 4)
     rel_value = axial.by_pair(rel_value)  # num_heads, channels, query, key
     want = torch.einsum('bhqnk,bhknc->bhqnc', weights[..., 4:], v)
     want = want + torch.einsum('bhqnk,ncqk->bhqnc', weights[..., 4:], rel_value)

@@ -165,6 +165,8 @@ def test_form_for_runtimes():
     torch.nn.init.normal_(attn.surround_bias)  # not read any more
     assert_near(attn(x), y, 1e-13)
     assert attn.state_dict().keys() == names
+    attn.reparameterize()  # read once more
+    assert max_error(attn(x), y) > 1e-3
 
 
 def test_attention_map():

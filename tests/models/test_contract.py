@@ -28,6 +28,7 @@ from timm.models._input import get_model_input_config
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import elsa_models
+from elsa_models.export.rewrite import rewrite_for_runtimes
 from elsa_models.models import families, family_of
 from elsa_models.models._family import arguments_of
 
@@ -472,6 +473,88 @@ def test_training_is_random_where_a_rate_says_so(name, rate):
     assert torch.equal(model(x), first) == (rate is None)
     model.eval()
     assert torch.equal(model(x), model(x))
+
+
+# layers that others have put their hands on
+
+
+class Adapted(nn.Module):
+    """A layer with another beside it, which adds to what it gives, as adapters of low rank are built."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.beside = layer, copy.deepcopy(layer)
+        self.beside.bias = None
+        self.beside.weight.data = .3 * layer.weight.std() * torch.randn_like(layer.weight)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def forward(self, x):
+        return self.base_layer(x) + self.beside(x)
+
+
+def adapt(model, name, layer):
+    model.set_submodule(name, Adapted(layer))
+    return layer.weight + model.get_submodule(name).beside.weight, layer.bias
+
+
+def hook(model, name, layer):
+    layer.register_forward_hook(lambda layer, args, out: 1.2 * out)
+    return 1.2 * layer.weight, None if layer.bias is None else 1.2 * layer.bias
+
+
+def normalise_weight(model, name, layer):
+    weight = 1.3 * layer.weight
+    torch.nn.utils.weight_norm(layer)  # computes the weight when the layer is called
+    layer.weight_g.data.mul_(1.3)
+    return weight, layer.bias
+
+
+def parametrise(model, name, layer):
+    weight = 1.3 * layer.weight
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    layer.parametrizations.weight.original0.data.mul_(1.3)
+    return weight, layer.bias
+
+
+@every_model
+@pytest.mark.filterwarnings('ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning')
+@pytest.mark.parametrize('change', [adapt, hook, normalise_weight, parametrise])
+def test_changed_layers_are_used_as_they_are(name, change):
+    changed = randomise(make(name, num_classes=5)).double()
+    merged = copy.deepcopy(changed)
+    layers = [(n, m) for n, m in changed.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    for layer_name, layer in layers:
+        with torch.no_grad():
+            weight, bias = change(changed, layer_name, layer)
+        merged.get_submodule(layer_name).weight.data = weight.detach()
+        if bias is not None:
+            merged.get_submodule(layer_name).bias.data = bias.detach()
+    x = images(name, dtype=torch.float64)
+    expected = merged(x)
+    assert_near(changed(x), expected, 1e-10)
+    with torch.no_grad():
+        assert_near(rewrite_for_runtimes(changed)(x), expected, 1e-10)
+    assert_near(train_step(changed, x)[0], train_step(merged, x)[0], 1e-10)
+
+
+@every_model
+@pytest.mark.slow
+def test_weights_of_integers(name):
+    quantization = pytest.importorskip('torchao.quantization')
+    model = randomise(make(name, num_classes=16))
+    x = images(name)
+    y = model(x)
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    with torch.no_grad():
+        for quantised in (model, rewrite_for_runtimes(model)):
+            assert (quantised(x) - y).square().mean().sqrt() < .1 * y.std()
 
 
 # devices, dtypes, copies

@@ -85,6 +85,13 @@ def test_weights_move_between_windows():
     assert_near(other(x), model(x), 1e-12)
 
 
+def test_what_is_refused_changes_nothing():
+    model = create_model('test_lg')
+    with pytest.raises(ValueError, match='always_partition: got True, must be None'):
+        model.set_input_size(img_size=96, window_size=5, always_partition=True)
+    assert model.patch_embed.img_size == (64, 64) and model(torch.randn(1, 3, 64, 64)).isfinite().all()
+
+
 def test_refused_arguments():
     for kwargs, message in [
             (dict(ratios=((1,), (1,))), 'ratios: got 2'), (dict(ratios=((1, 0), (1,), (1,), (1,))), 'ratios: got 0'),

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..arguments import check_map, pair, whole_number
+from ..arguments import check_map, is_plain, pair, whole_number
 from ..axis import by_pair, fit_table, lines_at_once
 from ..sizes import sizes_are_open
 from .mixer import Mixer
@@ -214,7 +214,7 @@ class AxialLayer(nn.Module):
         _set_length(self, length)
 
     def fold(self) -> _Folded:
-        """Weight and bias of the projection, then `attend_axis`'s factor and tables, with all norms in them.
+        """Factor and shift of what is projected, then `attend_axis`'s factor and tables, with all norms in them.
 
         The shifts of the logits' norms are the same for all keys: a softmax does not see them. Those of the output's
         go to the values, since weights sum to 1.
@@ -236,7 +236,7 @@ class AxialLayer(nn.Module):
         scale, bias = scale * factor, bias * factor
         bias = bias + torch.cat([torch.zeros_like(content_shift), content_shift + position_shift])
         return (
-            self.qkv.weight * scale[:, None],
+            scale,
             bias,
             qk_scale,
             self.rel_query * qr_scale[:, None, None],
@@ -248,9 +248,15 @@ class AxialLayer(nn.Module):
         """Map lines (S, L, in_dim) to (S, L, dim)."""
         if self.training:
             return self.forward_unfolded(x)
-        weight, bias, qk_scale, rel_query, rel_key, rel_value = self.fold()
-        x = F.linear(x, weight, bias)
+        scale, bias, qk_scale, rel_query, rel_key, rel_value = self.fold()
+        x = self._project(x, scale, bias)
         return attend_axis(x, self.num_heads, qk_scale, rel_query, rel_key, rel_value, self.beyond)
+
+    def _project(self, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if not is_plain(self.qkv, nn.Linear):
+                return self.qkv(x) * scale + bias
+        return F.linear(x, self.qkv.weight * scale[:, None], bias)
 
     def forward_unfolded(self, x: torch.Tensor) -> torch.Tensor:
         """The same, norm by norm, as for training."""
@@ -274,8 +280,8 @@ class AxialLayer(nn.Module):
     @torch.jit.ignore
     def attention_map(self, x: torch.Tensor) -> torch.Tensor:
         """Weights (S, num_heads, L, L) by query and key, of lines (S, L, in_dim), as in evaluation."""
-        weight, bias, qk_scale, rel_query, rel_key, _ = self.fold()
-        return axis_weights(F.linear(x, weight, bias), self.num_heads, qk_scale, rel_query, rel_key, self.beyond)
+        scale, bias, qk_scale, rel_query, rel_key, _ = self.fold()
+        return axis_weights(self._project(x, scale, bias), self.num_heads, qk_scale, rel_query, rel_key, self.beyond)
 
 
 class FoldedAxialLayer(nn.Module):
@@ -291,7 +297,8 @@ class FoldedAxialLayer(nn.Module):
         self.num_heads = layer.num_heads
         self.beyond = layer.beyond
         with torch.no_grad():
-            weight, bias, qk_scale, rel_query, rel_key, rel_value = layer.fold()
+            scale, bias, qk_scale, rel_query, rel_key, rel_value = layer.fold()
+            weight = layer.qkv.weight * scale[:, None]
         self.qkv = nn.Linear(weight.shape[1], weight.shape[0], device='meta')
         self.qkv.weight, self.qkv.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.qk_scale = nn.Parameter(qk_scale)
@@ -398,10 +405,10 @@ class AxialAttention(Mixer):
 
     @torch.jit.ignore
     def reparameterize(self) -> None:
-        """Fold all batch norms for good."""
+        """Fold all batch norms for good, where the projection before them is plain."""
         for name in ('height', 'width'):
             layer = getattr(self, name)
-            if isinstance(layer, AxialLayer):
+            if isinstance(layer, AxialLayer) and is_plain(layer.qkv, nn.Linear):
                 setattr(self, name, FoldedAxialLayer(layer))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from timm.layers import trunc_normal_
 
 from ...ops import local_attention
-from ..arguments import check_map, whole_number
+from ..arguments import check_map, is_plain, whole_number
 from ..rotated_conv import RotatedDepthwiseConv2d, constant
 from .mixer import Mixer
 
@@ -164,10 +164,13 @@ class ElsaAttention(Mixer):
     def reparameterize(self) -> None:
         """Make a sum of depthwise convolutions of the grouped one, for which runtimes have no fast kernels.
 
-        Parameters that change are replaced: others may hold those that were.
+        Parameters that change are replaced: others may hold those that were. Layers that are not plain, such as
+        adapted or parametrised ones, are left as they are.
         """
         conv = self.attn_conv
-        if not isinstance(conv, nn.Conv2d):  # it has been made
+        if not isinstance(conv, nn.Conv2d) or not is_plain(conv, nn.Conv2d):  # it has been made, or is not ours
+            return
+        if not is_plain(self.qkv, nn.Linear) or not is_plain(self.attn_logits, nn.Linear):
             return
         width = conv.weight.shape[1]
         if width == 1 or width > 8:  # what runtimes have kernels for

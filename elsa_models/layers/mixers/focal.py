@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table, trunc_normal_, use_fused_attn
 from timm.models.swin_transformer import get_relative_position_index
 
-from ..arguments import check_map, pair, whole_number
+from ..arguments import check_map, is_plain, pair, whole_number
 from ..sizes import pad_map, sizes_are_open
 from .mixer import Mixer
 from .window import pixels_by_window, rows_and_columns, window_places
@@ -388,6 +388,7 @@ class FocalAttention(Mixer):
     @torch.jit.ignore
     def reparameterize(self) -> None:
         """Keep the sum of the bias tables in their place, for inference."""
+        self.fixed_bias = None
         self.fixed_bias = self._bias(merged=True).detach()
 
     def _bias(self, merged: bool) -> torch.Tensor:
@@ -430,6 +431,10 @@ class FocalAttention(Mixer):
     def _project(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Query, key and value (B, windows, pixels, 3 * dim) of maps; key and value of each window's pooled token."""
         windows = partition_windows(x, self.window_size[0])
+        if not torch.jit.is_scripting():
+            if not is_plain(self.pool, nn.Linear) or not is_plain(self.qkv, nn.Linear):
+                pooled = self.pool(windows.transpose(2, 3)).transpose(2, 3)
+                return self.qkv(windows), self.qkv(pooled)[..., self.dim:]
         pooled = self.pool.weight @ windows + self.pool.bias  # B, windows, 1, dim
         bias: Optional[torch.Tensor] = self.qkv.bias
         if bias is not None:

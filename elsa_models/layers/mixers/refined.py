@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...ops._autocast import without_autocast
 from ...ops.map_refinement import Moments, Norm, Weights, refined_product
-from ..arguments import whole_number
+from ..arguments import is_plain, whole_number
 from ..sizes import sizes_are_open
 
 _ROW_BYTES = 2 ** 21  # of the rows of maps that inference computes at a time
@@ -235,11 +235,13 @@ class MapRefinement(nn.Module):
         """Product (B, num_heads, N, d) of refined maps and values (B, num_heads, N, d), both float32 or float64."""
         with _without_autocast(maps):
             norms: List[Norm] = []
-            if self.lean and not _is_recorded(maps) and maps.shape[0]:
+            convs = self.expand, self.conv, self.reduce
+            plain = all(is_plain(m, nn.Conv2d) for m in convs)
+            if self.lean and plain and not _is_recorded(maps) and maps.shape[0]:
                 norms = [norm for norm in (_norm_of(bn, maps.dtype) for bn in self._norms()) if norm is not None]
             if len(norms) < 4:
                 return torch.matmul(self(maps), value)
-            weights = Weights(*(m.weight.to(maps.dtype) for m in (self.expand, self.conv, self.reduce)))
+            weights = Weights(*(m.weight.to(maps.dtype) for m in convs))
             out, moments = refined_product(maps, value, weights, norms, self.scale)
         if not _is_recomputed():
             for bn, found in zip(self._norms(), moments):
@@ -257,7 +259,7 @@ def _check_heads(dim: int, num_heads: int) -> Tuple[int, int]:
 
 def _norm_of(bn: _BatchNorm, dtype: torch.dtype) -> Optional[Norm]:
     """What a norm computes, None if it is of an unknown kind."""
-    if type(bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or bn.weight is None or bn._forward_hooks:
+    if not is_plain(bn, nn.BatchNorm2d, nn.SyncBatchNorm) or bn.weight is None:
         return None
     weight, bias = bn.weight.to(dtype), bn.bias.to(dtype)
     if not bn.training and bn.running_mean is not None and bn.running_var is not None:
