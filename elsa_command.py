@@ -23,6 +23,7 @@ COMMANDS = {  # in the order of use
     'token-labels': 'make maps of labels to train every token on',
     'convert': 'convert a checkpoint into a folder that timm reads',
     'publish': 'push such a folder to a hub',
+    'study': 'compare mixers under equal conditions',
     'models': 'list the models with their parameters and multiply-accumulates',
     'recipes': 'list the recipes that --config takes by name',
 }

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .._files import write_atomically
 from .._images import draw, printable
-from ..inference.script import Picture, predict_script
+from ._prediction import Picture, predict_command
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,4 +55,4 @@ def predict(args: argparse.Namespace, device: torch.device, pictures: Iterator[P
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    return predict_script(__doc__, ('pycocotools', 'detection'), add_options, predict, argv)
+    return predict_command(__doc__, ('pycocotools', 'detection'), add_options, predict, argv)

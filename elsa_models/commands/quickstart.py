@@ -10,7 +10,7 @@ import argparse
 import sys
 from typing import List, Optional
 
-from ..training.script import train_script
+from ._training import train_command
 from .train import report
 
 
@@ -22,4 +22,4 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--data', default='digits')
     known = parser.parse_known_args(argv)[0]
     recipe = [] if known.config is not None else ['--config', 'digits' if known.data == 'digits' else 'folder']
-    return train_script(__doc__, 'classification', [*recipe, *argv], report)
+    return train_command(__doc__, 'classification', [*recipe, *argv], report)

@@ -12,7 +12,7 @@ recipe can be overridden by an option.
 from typing import List, Optional
 
 from ..training.run import Result
-from ..training.script import train_script
+from ._training import train_command
 
 
 def report(result: Result) -> None:
@@ -30,4 +30,4 @@ def report(result: Result) -> None:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    return train_script(__doc__, 'classification', argv, report)
+    return train_command(__doc__, 'classification', argv, report)

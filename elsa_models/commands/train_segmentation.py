@@ -9,9 +9,9 @@ value of the recipe can be overridden by an option.
 """
 from typing import List, Optional
 
-from ..training.script import train_script
+from ._training import train_command
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the program and return its exit status."""
-    return train_script(__doc__, 'segmentation', argv)
+    return train_command(__doc__, 'segmentation', argv)

@@ -27,7 +27,7 @@ COLUMNS = (
 )
 SAME = ('status', 'score', 'loss', 'train_loss', 'weights')  # in a run made anew
 _ROOT = Path(__file__).resolve().parents[2]
-_CODE = ('elsa_models', 'scripts/study.py', 'configs/study')
+_CODE = ('elsa_models', 'configs/study')
 
 
 class Results:

@@ -332,23 +332,24 @@ def load_recipe(
     return kind(**{**values, **overrides})
 
 
-def recipe_names() -> List[str]:
-    """Names of the recipes of this package, which `load_recipe` takes for files."""
-    names = sorted(p.relative_to(_RECIPES).with_suffix('').as_posix() for p in _RECIPES.rglob('*.yaml'))
-    return [name for name in names if not name.startswith('study/')]  # grids of many runs
+def recipe_names(folder: str = '') -> List[str]:
+    """Names of the recipes of this package, which `load_recipe` takes for files; of 'study', grids of many runs."""
+    root = _RECIPES / folder
+    names = sorted(p.relative_to(root).with_suffix('').as_posix() for p in root.rglob('*.yaml'))
+    return [name for name in names if not name.startswith('study/')]
 
 
-def find_recipe(name: str) -> Path:
-    """The file of that name or, where there is none, the recipe of this package."""
+def find_recipe(name: str, folder: str = '') -> Path:
+    """The file of that name or, where there is none, the recipe of this package, or of a folder of its recipes."""
     path = Path(name)
     if path.is_file() or path.suffix:
         return path
-    names = recipe_names()
+    names = recipe_names(folder)
     if name not in names:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f'did you mean {close[0]!r}?' if close else f'there are {", ".join(names)}.'
         raise RecipeError(f'{name}: is no file, and no recipe has that name; {hint}')
-    return _RECIPES / f'{name}.yaml'
+    return _RECIPES / folder / f'{name}.yaml'
 
 
 def add_arguments(parser: argparse.ArgumentParser, kind: Type[Values] = Recipe) -> None:

@@ -134,7 +134,7 @@ def test_missing_ensurepip_is_explained(quickstart, monkeypatch):
 def test_the_recipe_suits_the_data(arguments, recipe, monkeypatch):
     from elsa_models.commands import quickstart as command
     passed = []
-    monkeypatch.setattr(command, 'train_script', lambda doc, job, argv, report: passed.extend([job, *argv]) or 0)
+    monkeypatch.setattr(command, 'train_command', lambda doc, job, argv, report: passed.extend([job, *argv]) or 0)
     assert command.main(arguments) == 0
     assert passed == ['classification', *([] if recipe is None else ['--config', recipe]), *arguments]
 

@@ -1,4 +1,4 @@
-"""The command line of scripts that predict maps or objects; errors in one line."""
+"""What commands that predict maps or objects share: from options to pictures; errors in one line."""
 import argparse
 import logging
 import sys
@@ -11,8 +11,8 @@ from timm.utils import setup_default_logging
 
 from .._extras import require
 from .._images import DataError, find_images, printable, read_image
+from ..inference.classifier import find_device
 from ..models._checkpoint import WeightsError
-from .classifier import find_device
 
 
 def unique_names(files: Sequence[str]) -> List[str]:
@@ -38,19 +38,19 @@ class Picture(NamedTuple):
 Predict = Callable[[argparse.Namespace, torch.device, Iterator[Picture]], None]
 
 
-def predict_script(
+def predict_command(
         doc: str,
         extra: Tuple[str, str],
         add_options: Callable[[argparse.ArgumentParser], None],
         predict: Predict,
         argv: Optional[List[str]],
 ) -> int:
-    """Run a script that predicts from images, and return its exit status: 1 if some cannot be read.
+    """Run a command that predicts from images, and return its exit status: 1 if some cannot be read.
 
     Args:
-        doc: Of the script.
+        doc: Of the command.
         extra: A package that it needs, and the extra that brings it.
-        add_options: Adds the script's own options to `inputs`, `model`, `output` and `device`.
+        add_options: Adds the command's own options to `inputs`, `model`, `output` and `device`.
         predict: Takes the arguments, a device, and the images, one by one; with the first the folder `output`
             exists.
         argv: Arguments, those of the process if None.

@@ -1,4 +1,4 @@
-"""The command line of scripts that train; errors in one line."""
+"""What commands that train share: from options to a run and its report; errors in one line."""
 import argparse
 import logging
 import sys
@@ -10,12 +10,12 @@ from timm.utils import setup_default_logging
 
 from .._files import OutputError
 from .._images import DataError
-from .config import RecipeError, add_arguments, load_recipe
-from .jobs import load_job
-from .loop import DivergedError
-from .run import Result, run_job
-from .signals import Stopped, stopping_in_order
-from .world import leave_world
+from ..training.config import RecipeError, add_arguments, load_recipe
+from ..training.jobs import load_job
+from ..training.loop import DivergedError
+from ..training.run import Result, run_job
+from ..training.signals import Stopped, stopping_in_order
+from ..training.world import leave_world
 
 
 def report_metrics(result: Result) -> None:
@@ -25,13 +25,13 @@ def report_metrics(result: Result) -> None:
     print(f'best epoch: {result.metrics["epoch"]}, chosen by the same images')
 
 
-def train_script(
+def train_command(
         doc: str,
         job: str,
         argv: Optional[List[str]],
         report: Callable[[Result], None] = report_metrics,
 ) -> int:
-    """Run a training script and return its exit status.
+    """Run a command that trains and return its exit status.
 
     Args:
         doc: What --help says.
