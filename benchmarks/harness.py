@@ -163,11 +163,11 @@ def describe_machine(args: argparse.Namespace) -> Dict[str, str]:
         cpu = [x for x in info.read_text().splitlines() if x.startswith('model name')] if info.exists() else []
         hardware = (cpu[0].partition(':')[2].strip() if cpu else platform.machine()) + f', {args.threads} threads'
     return dict(
-        date=datetime.date.today().isoformat(), commit=_commit(), hardware=hardware,
+        date=datetime.date.today().isoformat(), commit=commit(), hardware=hardware,
         torch=torch.__version__, timm=timm.__version__, device=args.device, dtype=args.dtype)
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of this checkout, marked where anything but the results differs from it."""
     def git(*args: str) -> str:
         done = subprocess.run(['git', *args], cwd=Path(__file__).parent, capture_output=True, text=True)
