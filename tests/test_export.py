@@ -11,11 +11,15 @@ import pytest
 import timm
 import torch
 from helpers import assert_near
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import elsa_models
 from elsa_models import export_onnx
 from elsa_models.export import rewrite_for_runtimes
+from elsa_models.export.resize import resize_matrices
+from elsa_models.inference import ModelError, load_classifier
 from elsa_models.layers import ElsaAttention
 from elsa_models.layers.rotated_conv import RotatedDepthwiseConv2d
 
@@ -45,6 +49,12 @@ def _model(name, **kwargs):
         for parameter in model.parameters():  # every parameter shows in the result
             parameter.add_(.02 * torch.randn_like(parameter))
     return model.eval()
+
+
+def _picture(height, width):
+    y, x = np.mgrid[:height, :width]
+    waves = [128 + 120 * np.sin(x / a) * np.cos(y / b) for a, b in ((3, 9), (7, 5), (11, 4))]
+    return Image.fromarray(np.stack(waves, -1).round().astype(np.uint8))
 
 
 def _shallow(**kwargs):
@@ -158,6 +168,38 @@ def test_preprocessing_in_the_graph(tmp_path):
     normalised = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
         assert_near(_run(path, pixels)[0], model(normalised), 1e-4)
+
+
+@pytest.mark.parametrize('mode, size, from_size', [
+    ('center', (64, 64), (190, 240)), ('center', (48, 80), (65, 201)), ('squash', (64, 64), (50, 40)),
+    ('border', (48, 80), (130, 90)), ('border', (64, 64), (3, 5))])
+def test_matrices_resize_and_crop_as_timm_does(mode, size, from_size):
+    picture = _picture(*from_size)
+    pixels = torch.tensor(np.array(picture)).float()
+    for interpolation in ('bilinear', 'bicubic', 'lanczos', 'nearest'):
+        config = dict(
+            input_size=(3, *size), mean=(0.5, 0.3, 0.2), std=(0.5,) * 3, crop_pct=0.9, crop_mode=mode,
+            interpolation=interpolation)
+        rows, columns, margin = resize_matrices(from_size, size, config)
+        found = columns @ (rows @ pixels.flatten(1)).unflatten(1, pixels.shape[1:])
+        expected = create_transform(**config, use_prefetcher=True)(picture).permute(1, 2, 0)
+        assert (found.clamp(0, 255) + margin - expected).abs().max() < 1.5  # Pillow rounds twice
+
+
+def test_resizing_in_the_graph(tmp_path):
+    openvino = pytest.importorskip('openvino')
+    model = _shallow()
+    path = export_onnx(model, tmp_path / 'model.onnx', preprocess=True, resize_from=(90, 130))
+    assert json.loads(_metadata(path)['resize_from']) == [90, 130]
+    picture = _picture(90, 130)
+    pixels = torch.from_numpy(np.array(picture))[None]
+    found, = _run(path, pixels)
+    compiled = openvino.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    assert_near(torch.from_numpy(compiled([pixels.numpy()])[0]), found, 1e-4)
+    with torch.no_grad():
+        assert_near(found, model(create_transform(**resolve_model_data_config(model))(picture)[None]), 2e-2)
+    with pytest.raises(ModelError, match='takes pictures of 90 x 130 pixels alone'):
+        load_classifier(str(path), torch.device('cpu'))
 
 
 def test_float16(tmp_path):
@@ -280,6 +322,8 @@ def test_rewritten_attention(width, bias, dilation):
     (dict(img_size=(64, 64, 3)), ValueError, 'img_size: got'),
     (dict(dynamic_size=True), ValueError, 'dynamic_size: .* dynamic_img_size=True'),
     (dict(images='/nowhere'), FileNotFoundError, "images: got '/nowhere'"),
+    (dict(resize_from=(9, 9)), ValueError, 'resize_from: is for preprocess=True'),
+    (dict(resize_from=(9, 0), preprocess=True), ValueError, r'resize_from: got \(9, 0\)'),
     (dict(label_names=['one']), ValueError, 'label_names: got 1 names, must be 1000'),
 ])
 def test_bad_arguments(tmp_path, kwargs, error, message):

@@ -55,6 +55,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--fixed-batch', action='store_true', help='batch size 1 only')
     parser.add_argument('--features-only', action='store_true', help='the feature pyramid instead of logits')
     parser.add_argument('--preprocess', action='store_true', help='take RGB bytes (B, H, W, 3), normalise in the graph')
+    parser.add_argument('--resize-from', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'),
+                        help='with --preprocess: take pictures of this size, resize and crop them in the graph')
     parser.add_argument('--precision', choices=PRECISIONS, default='float32')
     parser.add_argument('--images', type=Path, metavar='FOLDER', help='images to check with and to calibrate int8 on')
     parser.add_argument('--opset', type=int, default=MIN_OPSET)
@@ -73,6 +75,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             precision=args.precision,
             images=args.images,
             opset=args.opset,
+            resize_from=tuple(args.resize_from) if args.resize_from else None,
         )
     except (ValueError, OSError, ImportError, RuntimeError, WeightsError) as e:
         print(f'error: {e}', file=sys.stderr)

@@ -18,6 +18,7 @@ from .._extras import require
 from .._files import temporary_folder
 from .._images import DataError, denormalise, find_images, read_image
 from .._modes import evaluating
+from .resize import resize_matrices
 from .rewrite import rewrite_for_runtimes
 
 _logger = logging.getLogger(__name__)
@@ -32,17 +33,35 @@ _MAX_IMAGES = 128  # of the folder, evenly spaced
 
 
 class _Preprocessed(nn.Module):
-    """A model behind the scaling, normalisation and layout that its images need."""
+    """A model behind the resizing, scaling, normalisation and layout that its images need."""
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+            self,
+            model: nn.Module,
+            data_config: Dict[str, Any],
+            size: Tuple[int, int],
+            resize_from: Optional[Tuple[int, int]],
+    ) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer('scale', 1 / (255 * torch.tensor(std)))
-        self.register_buffer('offset', -torch.tensor(mean) / torch.tensor(std))
+        mean, std = torch.tensor(data_config['mean']), torch.tensor(data_config['std'])
+        self.register_buffer('scale', 1 / (255 * std))
+        self.register_buffer('offset', -mean / std)
+        self.resizes = resize_from is not None
+        if resize_from is not None:
+            rows, columns, margin = resize_matrices(resize_from, size, data_config)
+            self.register_buffer('rows', rows)
+            self.register_buffer('columns', columns)
+            self.register_buffer('margin', margin)
 
     def forward(self, x: torch.Tensor) -> Any:
         """Map bytes (B, H, W, in_chans) to what the model gives."""
-        return self.model((x.to(self.scale.dtype) * self.scale + self.offset).permute(0, 3, 1, 2))
+        x = x.to(self.scale.dtype)
+        if self.resizes:
+            W, in_chans = x.shape[2:]
+            x = (self.rows @ x.flatten(2)).unflatten(2, (W, in_chans))  # B, h, W, in_chans
+            x = (self.columns @ x).clamp(0., 255.) + self.margin  # B, h, w, in_chans
+        return self.model((x * self.scale + self.offset).permute(0, 3, 1, 2))
 
 
 def _require_onnx() -> Tuple[ModuleType, ModuleType]:
@@ -61,6 +80,7 @@ def export_onnx(
         images: Optional[Union[str, Path]] = None,
         label_names: Optional[Sequence[str]] = None,
         opset: int = MIN_OPSET,
+        resize_from: Optional[Tuple[int, int]] = None,
 ) -> Path:
     """Write a model to an ONNX file and see that ONNX Runtime agrees with PyTorch.
 
@@ -76,12 +96,15 @@ def export_onnx(
         dynamic_batch: Let the batch size vary; otherwise it is 1.
         dynamic_size: Let height and width vary; the model must have been created with `dynamic_img_size=True`.
         preprocess: Take bytes (B, H, W, in_chans), RGB from 0 to 255, and normalise them in the graph; otherwise
-            `image` is (B, in_chans, H, W), normalised as the model's data config says. Resizing is left to the caller.
+            `image` is (B, in_chans, H, W), normalised as the model's data config says. Resizing is left to the caller
+            unless `resize_from` is given.
         precision: 'float32'; 'float16' for weights and most operators, with inputs and outputs in float32; or 'int8'
             for the linear layers, by static quantisation, which `images` calibrate.
         images: Folder of images, at any depth, at most 128 of which the check and the calibration use.
         label_names: Name of each class; those of the model's pretrained_cfg, if it has any, if None.
         opset: Version of ONNX's operators, at least 20.
+        resize_from: With preprocess, height and width of the pictures that the graph takes, as of a camera; it resizes
+            and crops them as the model's data config says.
 
     Returns:
         The path.
@@ -102,19 +125,22 @@ def export_onnx(
     size = to_2tuple(img_size) if img_size is not None else tuple(size)
     data_config = resolve_model_data_config(_inner(model))
     label_names = _check_arguments(
-        model, path, size, data_config, in_chans, dynamic_size, preprocess, precision, images, label_names, opset)
+        model, path, size, data_config, in_chans, dynamic_size, preprocess, precision, images, label_names, opset,
+        resize_from)
 
-    real = _load_images(images, data_config, size) if images is not None else []
+    pictures = data_config if resize_from is None else {**data_config, 'crop_pct': 1., 'crop_mode': 'squash'}
+    real = _load_images(images, pictures, resize_from or size) if images is not None else []
     device = next(model.parameters()).device
     with _beside(path) as folder:
         with evaluating(model), torch.no_grad():
             wrapped, rewritten = model, rewrite_for_runtimes(model)
             if preprocess:
-                mean, std = data_config['mean'], data_config['std']
-                wrapped, rewritten = (_Preprocessed(m, mean, std).to(device).eval() for m in (wrapped, rewritten))
-            graph = _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size, preprocess, opset)
+                wrapped, rewritten = (
+                    _Preprocessed(m, data_config, size, resize_from).to(device).eval() for m in (wrapped, rewritten))
+            taken = resize_from or size
+            graph = _trace(rewritten, model, in_chans, taken, device, dynamic_batch, dynamic_size, preprocess, opset)
             del rewritten
-            batches = _make_batches(in_chans, size, dynamic_batch, dynamic_size, real)
+            batches = _make_batches(in_chans, taken, dynamic_batch, dynamic_size, real)
             if preprocess:
                 batches = [_to_bytes(x, data_config) for x in batches]
             if precision == 'float16':
@@ -122,7 +148,7 @@ def export_onnx(
             elif precision == 'int8':
                 calibration = [_to_bytes(x[None], data_config) if preprocess else x[None] for x in real]
                 graph = _to_int8(graph, folder, calibration)
-            _describe(graph, model, data_config, size, precision, label_names)
+            _describe(graph, model, data_config, size, precision, label_names, resize_from)
             written = _save(graph, folder, path.name)
             _check_outputs(str(folder / path.name), wrapped, batches, precision, device)
         for file in written:  # the graph last: it names the other
@@ -139,6 +165,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 def _check_arguments(
         model, path, size, data_config, in_chans, dynamic_size, preprocess, precision, images, label_names, opset,
+        resize_from,
 ) -> Optional[List[str]]:
     onnx, _ = _require_onnx()
     if not path.parent.is_dir():
@@ -163,6 +190,11 @@ def _check_arguments(
     if preprocess and len(data_config['mean']) != in_chans:
         raise ValueError(
             f'preprocess: the model takes {in_chans} channels but its config has a mean of {len(data_config["mean"])}.')
+    if resize_from is not None:
+        if not preprocess or dynamic_size:
+            raise ValueError('resize_from: is for preprocess=True and a model of one size, without dynamic_size.')
+        if len(resize_from) != 2 or min(resize_from) < 1:
+            raise ValueError(f'resize_from: got {resize_from}, must be two positive numbers of pixels.')
     if images is not None and in_chans not in (1, 3):
         raise ValueError(f'images: the model takes {in_chans} channels, must be 1 or 3 to read image files.')
     num_classes = getattr(_inner(model), 'num_classes', None)
@@ -360,7 +392,7 @@ def _to_int8(graph, folder: Path, calibration: Iterable[torch.Tensor]):
     return quantised
 
 
-def _describe(graph, model, data_config, size, precision, label_names) -> None:
+def _describe(graph, model, data_config, size, precision, label_names, resize_from) -> None:
     inner = _inner(model)
     cfg = {k: v for k, v in getattr(inner, 'pretrained_cfg', {}).items() if v is not None}
     description = dict(
@@ -370,6 +402,8 @@ def _describe(graph, model, data_config, size, precision, label_names) -> None:
         data_config=json.dumps(data_config),
         pretrained_cfg=json.dumps(cfg, default=str),
     )
+    if resize_from is not None:
+        description['resize_from'] = json.dumps(resize_from)
     if label_names is not None:
         description['label_names'] = json.dumps(label_names)
     strides = _feature_strides(model)

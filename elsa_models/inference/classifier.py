@@ -108,6 +108,10 @@ def _onnx_logits(
     """A function from images (B, C, H, W), normalised, to logits."""
     session = session or _onnx_session(file)
     inputs = session.get_inputs()[0]
+    if 'resize_from' in session.get_modelmeta().custom_metadata_map:
+        raise ModelError(
+            f'onnx: {str(file)!r} takes pictures of {inputs.shape[1]} x {inputs.shape[2]} pixels alone, and crops them'
+            f' itself. Name its model, or a file that was exported without --resize-from.')
     fixed = inputs.shape[0] if isinstance(inputs.shape[0], int) else None
     takes_bytes = inputs.type == 'tensor(uint8)'
 
