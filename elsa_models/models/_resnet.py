@@ -144,7 +144,8 @@ class MixerBottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, in_chs, H, W) to (B, out_chs, ceil(H / stride), ceil(W / stride))."""
-        x = x.contiguous(memory_format=torch.channels_last)  # a copy in the first block alone
+        # channels last in memory, by what vmap knows; a copy in the first block alone
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         shortcut = x
         x = self.conv1_1x1(x)
         x = self.self_attn(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

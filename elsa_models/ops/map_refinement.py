@@ -397,7 +397,8 @@ class _RefinedProduct(torch.autograd.Function):
         saved = ctx.saved_tensors
         kept, (attn, value), parameters = saved[:4], saved[4:6], saved[6:]
         with without_autocast(attn.device.type):
-            if torch.is_grad_enabled():  # a graph of the gradients is wanted
+            # a graph of the gradients is wanted, or those of several outputs at once, by is_grads_batched
+            if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
                 grads = _differentiable_backward(ctx, grad, attn, value, parameters)
             else:
                 weights = Weights(*parameters[:3])
@@ -408,13 +409,17 @@ class _RefinedProduct(torch.autograd.Function):
 def _differentiable_backward(ctx, grad, attn, value, parameters):
     if any(norm.group is not None for norm in ctx.norms):
         raise RuntimeError('A second derivative through statistics that processes share (SyncBatchNorm) is not there.')
-    norms = [norm._replace(weight=parameters[3 + 2 * i], bias=parameters[4 + 2 * i])
-             for i, norm in enumerate(ctx.norms)]
-    out = refine_plain(attn, Weights(*parameters[:3]), norms, ctx.scale) @ value
-    inputs = [attn, value, *parameters]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views, for a value may have come from the maps: gradients end here and do not go that way
+        inputs = [x.view_as(x) for x in (attn, value, *parameters)]
+        parameters = inputs[2:]
+        norms = [norm._replace(weight=parameters[3 + 2 * i], bias=parameters[4 + 2 * i])
+                 for i, norm in enumerate(ctx.norms)]
+        out = refine_plain(inputs[0], Weights(*parameters[:3]), norms, ctx.scale) @ inputs[1]
     wanted = [i for i in range(len(inputs)) if ctx.needs_input_grad[2 + i]]
     grads: List[Optional[torch.Tensor]] = [None] * len(inputs)
-    for i, g in zip(wanted, torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=True)):
+    for i, g in zip(wanted, torch.autograd.grad(out, [inputs[i] for i in wanted], grad, create_graph=create_graph)):
         grads[i] = g
     return grads
 

@@ -26,6 +26,7 @@ from timm.models import group_parameters, model_entrypoint, save_for_hf
 from timm.models._features_fx import GraphExtractNet, get_graph_node_names
 from timm.models._input import get_model_input_config
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elsa_models
 from elsa_models.export.rewrite import rewrite_for_runtimes
@@ -555,6 +556,39 @@ def test_weights_of_integers(name):
     with torch.no_grad():
         for quantised in (model, rewrite_for_runtimes(model)):
             assert (quantised(x) - y).square().mean().sqrt() < .1 * y.std()
+
+
+# transforms
+
+
+@every_model
+def test_transforms(name):
+    """Forward mode, gradients of several outputs at once, of each image by itself, and those that have a graph."""
+    model = randomise(make(name, num_classes=3)).double()
+    x, tangent = images(name, dtype=torch.float64).requires_grad_(), images(name, dtype=torch.float64)
+    params = dict(model.named_parameters())
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's kernel for CPUs has neither forward mode nor second gradients
+        y = model(x)
+        upstream = torch.eye(y.numel(), dtype=torch.float64).view(-1, *y.shape)
+        jacobian = torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in upstream])
+        _, forward = torch.func.jvp(model, (x.detach(),), (tangent,))
+        assert_near(forward, (jacobian * tangent).flatten(1).sum(1).view_as(y), 1e-9)
+        batched, = torch.autograd.grad(y, x, upstream, is_grads_batched=True, retain_graph=True)
+        assert_near(batched, jacobian, 1e-9)
+        graphed, = torch.autograd.grad(y, x, upstream[0], create_graph=True)
+        assert graphed.requires_grad
+        assert_near(graphed, jacobian[0], 1e-9)
+
+        weights = torch.randn(y.shape, dtype=torch.float64)
+
+        def loss(params, image, weight):
+            return (torch.func.functional_call(model, params, image[None]) * weight).sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, x, weights)
+    for i in range(len(x)):
+        expected = torch.autograd.grad((y[i] * weights[i]).sum(), list(params.values()), retain_graph=True)
+        for parameter, grad in zip(params, expected, strict=True):
+            assert (each[parameter][i] - grad).abs().max() < 1e-9 * grad.abs().max() + 1e-12, parameter
 
 
 # devices, dtypes, copies

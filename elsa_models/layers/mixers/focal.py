@@ -137,7 +137,7 @@ def _attend_some(
     kv = kv.index_select(3, index.flatten()).view(2, B, heads * windows, S, d)
     k, v = kv.unbind(0)
     q = q.reshape(B, heads * windows, L, d)
-    if fused and not (q.device.type == 'cpu' and torch.is_grad_enabled() and bias.requires_grad):
+    if fused and not (q.device.type == 'cpu' and torch.is_grad_enabled()):
         # on the CPU, PyTorch's kernel takes no bias that learns, and what stands in for it is slower than the below
         x = F.scaled_dot_product_attention(q, k, v, bias, dropout_p)
     else:
