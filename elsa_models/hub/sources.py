@@ -5,6 +5,7 @@ import http.client
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 import urllib.error
@@ -23,6 +24,7 @@ from .._version import __version__
 from ..models._checkpoint import WEIGHT_FILES, WeightsError
 from .cache import sha256_of
 
+_DRIVE = 'drive.google.com'
 _TIMEOUT = 30.  # seconds without a byte, of downloads from Google Drive and the web
 _RETRIES = 3
 _PAUSE = 1.  # seconds between two looks for the hub
@@ -69,9 +71,27 @@ def explain(error: BaseException) -> SourceError:
         fix = SET_TOKEN
     elif any(isinstance(e, OSError) and e.errno in _UNWRITABLE for e in chain):
         fix = SET_CACHE
-    elif constants.is_offline_mode() and _unreachable is None:
+    elif _is_kept_offline():
         fix = GO_ONLINE
     return SourceError(reason, fix)
+
+
+def _is_kept_offline() -> bool:
+    """Whether the user wants no network; while `reaching_hub` works without the hub, other places may be there."""
+    return constants.is_offline_mode() and _unreachable is None
+
+
+def _look_up(host: str) -> None:
+    """Fail at once where no network knows a host: gdown would try again, and tell of each time.
+
+    Raises:
+        SourceError: There is no such host.
+    """
+    try:
+        if not urllib.request.getproxies():  # which look up by themselves
+            socket.getaddrinfo(host, 443)
+    except OSError as e:
+        raise SourceError(f'{host} is not to be found, as without a network ({e})') from e
 
 
 def _may_pass(error: Optional[BaseException]) -> bool:
@@ -199,7 +219,7 @@ def download_from_hub(
 
 def drive_id(url: Optional[str]) -> Optional[str]:
     """The id of a file on Google Drive, or None if the url is of something else."""
-    if not isinstance(url, str) or urlsplit(url).hostname != 'drive.google.com':
+    if not isinstance(url, str) or urlsplit(url).hostname != _DRIVE:
         return None
     return parse_qs(urlsplit(url).query).get('id', [None])[0]
 
@@ -217,7 +237,7 @@ def download_from_drive(file_id: str, folder: Path) -> Path:
     Raises:
         SourceError: It could not be had; what has come stays in `folder`.
     """
-    if constants.is_offline_mode():
+    if _is_kept_offline():
         raise SourceError('HF_HUB_OFFLINE is set', GO_ONLINE)
     try:
         import gdown
@@ -227,6 +247,7 @@ def download_from_drive(file_id: str, folder: Path) -> Path:
     if path.is_file():
         return path
     try:
+        _look_up(_DRIVE)
         folder.mkdir(parents=True, exist_ok=True)
         before = _num_bytes(folder)
         try:
@@ -273,7 +294,7 @@ def download_from_web(url: str, folder: Path) -> Path:
     Raises:
         SourceError: It could not be had; what has come stays in `folder`.
     """
-    if constants.is_offline_mode():
+    if _is_kept_offline():
         raise SourceError('HF_HUB_OFFLINE is set', GO_ONLINE)
     path = folder / 'checkpoint'
     if path.is_file():

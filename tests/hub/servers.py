@@ -319,7 +319,9 @@ class WebServer(Server):
 def redirected_drive(url):
     """Send what the requests package would send to Google to the server at `url`; gdown itself is as installed."""
     from requests.adapters import HTTPAdapter
-    send = HTTPAdapter.send
+
+    from elsa_models.hub import sources
+    send, look_up = HTTPAdapter.send, sources._look_up
 
     def send_here(self, request, *args, **kwargs):
         parts = urlsplit(request.url)
@@ -327,8 +329,8 @@ def redirected_drive(url):
         request.url = url + parts.path + (f'?{parts.query}' if parts.query else '')
         return send(self, request, *args, **kwargs)
 
-    HTTPAdapter.send = send_here
+    HTTPAdapter.send, sources._look_up = send_here, lambda host: None
     try:
         yield
     finally:
-        HTTPAdapter.send = send
+        HTTPAdapter.send, sources._look_up = send, look_up

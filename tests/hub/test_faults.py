@@ -2,13 +2,15 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
-import gdown  # noqa: F401
+import gdown
 import pytest
 import released
 from children import run_child, start_child
@@ -264,6 +266,24 @@ def test_without_a_network_one_line_says_so_at_once(own_world):
     first, second = done.stderr.splitlines()
     assert first.startswith("source: 'test_vit.r160_in1k' could not be had. ConnectError")
     assert second.startswith("'test_vit.r160_in1k' could not be had. ConnectError")
+
+
+def test_drive_without_a_network_is_given_up_at_once(monkeypatch, capfd):
+    from elsa_models.models._naming import create_named
+
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(-2, 'Name or service not known')
+
+    monkeypatch.setattr(sources, '_why_unreachable', lambda: OSError('no route'))
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
+    monkeypatch.setattr(urllib.request, 'getproxies', dict)
+    monkeypatch.setattr(gdown, 'download', lambda **kwargs: pytest.fail('asks for the file'))
+    for use in (lambda: load(), lambda: create_named(released.NAME, pretrained=True)):
+        with pytest.raises(WeightsError) as e:
+            use()
+        assert 'drive.google.com is not to be found, as without a network' in str(e.value)
+        assert 'OFFLINE' not in str(e.value)  # which nobody has set
+    assert capfd.readouterr().err == ''
 
 
 def test_threads_without_a_network_leave_the_hubs_mode_as_it_was(monkeypatch):
