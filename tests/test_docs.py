@@ -1,6 +1,7 @@
 """Every block of Python in README.md and docs/ runs as it is printed, in a process of its own."""
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -141,6 +142,18 @@ def test_block(code, tmp_path, files):
     env = {**os.environ, 'ELSA_CACHE': str(tmp_path / 'cache'), 'ELSA_HUB_NAMESPACE': ''}
     authors_tiny = files('elsa_swin_tiny.pth.tar', _write_checkpoint)
     Forked(_run, (code, str(authors_tiny)), env, cwd=tmp_path, paths=[Path(__file__).parent]).result(timeout=300)
+
+
+@pytest.mark.slow
+def test_notebook(tmp_path):
+    """Its cells, from top to bottom, in one process; as they are printed, they have run."""
+    cells = json.loads((ROOT / 'docs' / 'quickstart.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = [cell for cell in cells if cell['cell_type'] == 'code']
+    assert [cell['execution_count'] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [o for cell in cells for o in cell['outputs'] if o['output_type'] == 'error']
+    (tmp_path / 'cells.py').write_text('\n'.join(''.join(cell['source']) for cell in cells), encoding='utf-8')
+    env = {**os.environ, 'MPLBACKEND': 'Agg', 'PYTHONPATH': str(ROOT)}
+    subprocess.run([sys.executable, 'cells.py'], cwd=tmp_path, env=env, check=True, timeout=900)
 
 
 def test_the_classification_in_deploy_prepares_as_timm_does(tmp_path, files, monkeypatch, capsys):
