@@ -7,8 +7,8 @@
     python3 scripts/quickstart.py --help                           # further options, those of `elsa train`
 
 The environment is .venv in the repository. A complete one is used again, a half-made one is repaired. --torch cpu takes
-PyTorch's build without CUDA, a quarter of the size on disk, --torch pypi that of PyPI; without either, it is the former on
-Linux without an NVIDIA GPU. A PyTorch that is there already stays, if it is not too old.
+PyTorch's build without CUDA, a quarter of the size on disk, --torch pypi that of PyPI; without either, it is the former
+on Linux without an NVIDIA GPU. A PyTorch that is there already stays, if it is not too old.
 """
 import argparse
 import configparser
