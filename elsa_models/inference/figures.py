@@ -70,14 +70,13 @@ def draw_confusion(
     ax = figure.subplots()
     image = ax.imshow(parts.numpy(), cmap='Blues', vmin=0., vmax=1.)
     figure.colorbar(image, ax=ax, shrink=0.8, label='part of the true class')
-    ax.set_xlabel('predicted class')
     ax.set_ylabel('true class')
+    names = legible(class_names)
     if number <= 40:
-        names = legible(class_names)
         ax.set_xticks(range(number), names, rotation=90)
         ax.set_yticks(range(number), names)
-        if names != [shorten(name) for name in class_names]:
-            ax.set_xlabel('predicted class; numbers are those of classes.csv')
+    numbered = number > 40 or names != [shorten(name) for name in class_names]
+    ax.set_xlabel('predicted class' + '; numbers are those of classes.csv' * numbered)
     if number <= 25:
         for i in range(number):
             for j in range(number):
@@ -85,7 +84,8 @@ def draw_confusion(
                     color = 'white' if parts[i, j] > 0.5 else 'black'
                     ax.text(j, i, str(counts[i, j].item()), ha='center', va='center', fontsize=8, color=color)
     right = counts.diagonal().sum().item()
-    ax.set_title(f'{right} of {len(targets)} held-out images are recognised: {100 * right / len(targets):.2f} %')
+    figure.suptitle(
+        f'{right} of {len(targets)} held-out images\nare recognised: {100 * right / len(targets):.2f} %', fontsize=12)
     _save(figure, path)
 
 
@@ -142,7 +142,7 @@ def draw_predictions(
     columns = min(columns, max(1, len(shown) + number))
     rows = math.ceil((len(shown) + number) / columns)
 
-    figure = _new_figure(max(1.35 * columns, 8.), 1.75 * rows + 1.15)
+    figure = _new_figure(max(1.35 * columns, 8.), 1.85 * rows + 1.15)
     accuracy = 100 * len(right) / len(targets)
     mistakes = f'{len(shown)} of the {len(wrong)} mistakes' if len(shown) < len(wrong) else 'every mistake'
     note = f'{mistakes} in red first' if wrong else 'no mistakes were made'
@@ -161,8 +161,9 @@ def draw_predictions(
         if predicted[i] == targets[i]:
             text, color = f'{name}\n{confidence[i]:.0%}', _RIGHT
         else:
-            text, color = f'{name}, not {names[targets[i]]}\n{confidence[i]:.0%}', _WRONG
-        ax.set_title(text, fontsize=10 if len(text) < 18 else 7, color=color, pad=3)
+            text, color = f'{name},\nnot {names[targets[i]]}\n{confidence[i]:.0%}', _WRONG
+        longest = max(map(len, text.splitlines()))
+        ax.set_title(text, fontsize=10 if longest < 13 else 7 if longest < 17 else 6, color=color, pad=3)
     _save(figure, path)
 
 
