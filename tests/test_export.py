@@ -1,5 +1,6 @@
 """ONNX files, checked here by their own means: what they hold, what runtimes make of them, what is refused."""
 import errno
+import gc
 import json
 import os
 import shutil
@@ -272,6 +273,8 @@ def test_model_is_left_as_it_was(tmp_path):
     assert all(p.requires_grad for p in model.parameters())
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
+    environments = [x for x in gc.get_objects() if type(x) is torch.fx.experimental.symbolic_shapes.ShapeEnv]
+    assert not any(x.fake_tensor_cache for x in environments)  # PyTorch keeps them, and a thousand entries in each
 
 
 def test_models_of_timm(tmp_path):

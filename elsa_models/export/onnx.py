@@ -305,6 +305,7 @@ def _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size
             verbose=False,
         )
         _simplify(program.model)
+        _empty_caches(program)
     finally:
         shapes.setLevel(level)
         if collecting:
@@ -314,6 +315,17 @@ def _trace(rewritten, model, in_chans, size, device, dynamic_batch, dynamic_size
         for dim, name in names.items():
             program.model.graph.inputs[0].shape[dim] = name
     return program.model
+
+
+def _empty_caches(program) -> None:
+    """Let go of what PyTorch has found for the sizes of an export, thousands of objects.
+
+    Its caches of methods keep these sizes alive (torch 2.15), and nobody will ask for them again.
+    """
+    for node in program.exported_program.graph.nodes:
+        sizes = getattr(getattr(node.meta.get('val'), 'fake_mode', None), 'shape_env', None)
+        if sizes is not None:
+            sizes.fake_tensor_cache.clear()
 
 
 def _simplify(graph) -> None:
