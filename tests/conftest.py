@@ -7,6 +7,26 @@ os.environ.setdefault('NUMBA_NUM_THREADS', '4')  # read when Numba is imported: 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# files that take longest, which xdist would begin by their number of tests: a few long ones at the very end
+LONG = (
+    'models/test_contract.py', 'training/test_processes.py', 'ops/test_local_attention.py', 'ops/test_triton.py',
+    'test_export.py', 'timm_suite/test_timm_suite.py', 'scripts/test_train.py', 'models/test_elsa_swin.py',
+)
+
+
+def pytest_configure(config):
+    """Whole files go to processes in the order of `pytest_collection_modifyitems`."""
+    if hasattr(config.option, 'loadscopereorder'):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, so that processes end at about the same time."""
+    def place(item):
+        return next((i for i, name in enumerate(LONG) if item.path.as_posix().endswith(name)), len(LONG))
+
+    items.sort(key=place)
+
 
 @pytest.fixture(autouse=True)
 def seed():
