@@ -732,6 +732,25 @@ def test_torch_export(name):
 
 
 @every_model
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['autocast', 'float64 by default'])
+def test_torch_export_of_open_sizes(name, how):
+    default = torch.get_default_dtype()
+    try:
+        if how != 'autocast':
+            torch.set_default_dtype(torch.float64)
+        model = randomise(make_flexible(name, num_classes=5))
+        x = torch.randn(2, 3, *([side(name) + 32] * 2))  # positions are resampled
+        shapes = ({i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)},)
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
+            program = torch.export.export(model, (x,), dynamic_shapes=shapes)
+            y, expected = program.module()(x).double(), model(x).double()
+    finally:
+        torch.set_default_dtype(default)
+    assert max_error(y, expected) <= (.05 if how == 'autocast' else 1e-6) * expected.abs().max()
+
+
+@every_model
 def test_onnx(name, tmp_path):
     onnx, onnxruntime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
     model = randomise(make(name, num_classes=5))
