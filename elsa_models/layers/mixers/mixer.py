@@ -11,6 +11,9 @@ class Mixer(nn.Module):
     Constructors are `(dim, num_heads, ..., device=None, dtype=None)`; `forward` maps (B, H, W, dim), contiguous in
     channels, to the same shape. A block holds its mixer as `attn`. Code that knows no mixer by name uses the methods
     below, whose defaults serve mixers without windows whose work FLOP counters see.
+
+    Layers are called, for adapters, hooks and parametrisations come with the call. Where their parameters are used in
+    another way, for speed, `is_plain` of `layers/arguments.py` says whether they may be.
     """
 
     def extra_macs(self, shape: Sequence[int]) -> Dict[str, int]:
