@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..models._naming import HELP as NAMES
 _IN_WHEEL = Path(__file__).parents[1] / 'configs'
 _RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[2] / 'configs'  # in the repository
 _MAX_DEPTH = 20  # of mappings and lists within each other
+_MAX_PARTS = 100_000  # of them and what they hold, an alias of YAML counting as what it stands for
 _MAX_INT = 2 ** 31 - 1
 
 
@@ -494,17 +496,20 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f'{text[:100]}...'
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _plain(value: Any, depth: int = 0, parts: Any = None) -> Any:
     """Return `value` with lists for tuples, at any depth, as YAML gives it back.
 
     Raises:
-        ValueError: It is nested more deeply than any recipe is, as where it holds itself.
+        ValueError: It is nested more deeply than any recipe is, as where it holds itself, or has more parts.
     """
+    parts = itertools.count() if parts is None else parts
     if depth > _MAX_DEPTH:
         raise ValueError(f'It is nested more than {_MAX_DEPTH} deep.')
+    if next(parts) > _MAX_PARTS:
+        raise ValueError(f'It has more than {_MAX_PARTS} parts.')
     if isinstance(value, dict):
-        return {k: _plain(v, depth + 1) for k, v in value.items()}
-    return [_plain(v, depth + 1) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: _plain(v, depth + 1, parts) for k, v in value.items()}
+    return [_plain(v, depth + 1, parts) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:

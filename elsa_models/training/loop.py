@@ -312,7 +312,8 @@ class Trainer:
 
     def _end_epoch(self, row: Dict[str, Any], value: float) -> None:
         if row['unreadable']:
-            _logger.warning('%d images of epoch %d could not be read and were skipped', row['unreadable'], row['epoch'])
+            _logger.warning(
+                'in epoch %d, an image that could not be read was skipped %d times', row['epoch'], row['unreadable'])
         self.history.append(row)
         sign = 1. if self.job.higher_is_better else -1.
         is_best = self.best is None or sign * value >= sign * self.best.value

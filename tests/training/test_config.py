@@ -84,6 +84,9 @@ def test_file_that_is_no_mapping(tmp_path, text):
     'model_args: ' + '{a: ' * 5000 + '1' + '}' * 5000, 'model_args: ' + '[' * 5000 + ']' * 5000,
     'model_args: {a: ' + '[' * 50 + ']' * 50 + '}', 'model_args: &x {a: *x}', 'freeze: &x [*x]',
     f'epochs: {"9" * 5000}', '\0', 'a: \x80',
+    # lists that stand for nine of the one before, 9 ** 15 parts in all
+    'model_args: {a0: &a0 [0], ' + ', '.join(
+        f'a{i + 1}: &a{i + 1} [{", ".join([f"*a{i}"] * 9)}]' for i in range(15)) + '}',
 ])
 def test_file_that_nobody_wrote_for_this(tmp_path, text, capsys):
     with pytest.raises(RecipeError, match=r'r\.yaml: '):

@@ -192,7 +192,7 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path, image_folder, caplo
     result = _run(tmp_path, data=str(parts), limit=0, epochs=1, batch_size=19)
     # x0, x1, x2 are the last, and each is replaced by the next that can be read: 3 + 2 + 1 attempts fail
     assert result.metrics['unreadable'] == 6 and result.metrics['val_images'] == 16
-    assert '6 images of epoch 1 could not be read' in caplog.text
+    assert 'in epoch 1, an image that could not be read was skipped 6 times' in caplog.text
     assert 'x1.jpg: cannot be read as an image' in caplog.text and '2 held-out images do not count' in caplog.text
 
 
