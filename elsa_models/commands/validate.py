@@ -1,7 +1,7 @@
 """Measure a classifier: loss, top-1 and top-5 accuracy, images per second.
 
     elsa validate --model output/digits
-    elsa validate --model output/digits/model.onnx --data digits
+    elsa validate --model output/digits/model.onnx
     elsa validate --model elsa_swin_tiny --data IMAGENET
 
 A model of a run is measured on the run's data by default. Of a folder without parts train and val the same images are

@@ -83,7 +83,7 @@ def _in_folder(path: Path) -> ModelSource:
 
 def _in_file(path: Path) -> ModelSource:
     if path.suffix == '.onnx':
-        return ModelSource(None, path)
+        return ModelSource(None, path, run=path.parent if (path.parent / _RECIPE).is_file() else None)
     run = path.parent.parent
     if path.parent.name == _CHECKPOINTS and (run / _RECIPE).is_file():
         import yaml
