@@ -78,7 +78,7 @@ def explain(error: BaseException) -> SourceError:
 
 def _is_kept_offline() -> bool:
     """Whether the user wants no network; while `reaching_hub` works without the hub, other places may be there."""
-    return constants.is_offline_mode() and _unreachable is None
+    return constants.HF_HUB_OFFLINE and _unreachable is None
 
 
 def _look_up(host: str) -> None:
@@ -104,7 +104,7 @@ def _may_pass(error: Optional[BaseException]) -> bool:
             return True
         if isinstance(error, HfHubHTTPError) and error.response.status_code >= 500:
             return error.response.request.method == 'GET'
-        error = error.__cause__
+        error = error.__cause__ or error.__context__  # httpcore, of old huggingface_hubs, hides the cause
     return False
 
 
@@ -124,7 +124,7 @@ def _matches_its_name(path: Path) -> bool:
 def _why_unreachable() -> Optional[Exception]:
     """Why the hub gives no answer of any kind, None if it does or is not to be asked; looks twice."""
     for is_last_try in (False, True):
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             return None
         try:
             get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)

@@ -439,4 +439,4 @@ def test_scripts_publish_and_load_by_environment_variables(hub_server, folder, w
     '''
     out = run_child(code, tmp_path / 'home2', hub=hub_server.url, HF_TOKEN='hf_right', ELSA_HUB_NAMESPACE='org')
     assert out.startswith(f'published {hub_server.url}/org/{released.NAME} at ')
-    assert torch.equal(torch.load(tmp_path / 'logits'), weights(image))
+    assert torch.allclose(torch.load(tmp_path / 'logits'), weights(image), atol=1e-6)  # of another process

@@ -35,12 +35,12 @@ def impatient(monkeypatch):
     monkeypatch.setattr(sys.modules['gdown.download'], 'CHUNK_SIZE', 1 << 12)
     monkeypatch.setattr(constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 1)
     monkeypatch.setattr(constants, 'HF_HUB_ETAG_TIMEOUT', 1)
-    monkeypatch.setattr(file_download, '_ETAG_RETRY_TIMEOUT', 1)
+    monkeypatch.setattr(file_download, '_ETAG_RETRY_TIMEOUT', 1, raising=False)  # not in old versions
     monkeypatch.setattr(sources, '_TIMEOUT', 1.)
     sleep = time.sleep
     for module in (_http, file_download):
         monkeypatch.setattr(module.time, 'sleep', lambda seconds: sleep(min(seconds, .01)))
-    monkeypatch.setattr(sys.modules['gdown.download'], '_wait_or_cancel', lambda **kwargs: None)
+    monkeypatch.setattr(sys.modules['gdown.download'], '_wait_or_cancel', lambda **kwargs: None, raising=False)
 
 
 @pytest.fixture

@@ -185,7 +185,8 @@ def test_a_config_on_a_hub_leads_nowhere_else(on_hub, hub_files, weights, own_wo
         return
     with pytest.raises(WeightsError):
         load(f'hf-hub:org/{released.NAME}')
-    assert not list(own_world.rglob('passwd'))
+    # old huggingface_hubs note in their cache what a repository does not have, by empty files
+    assert not [p for p in own_world.rglob('passwd') if '.no_exist' not in p.parts]
 
 
 # settings
