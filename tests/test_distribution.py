@@ -117,7 +117,7 @@ def test_an_index_can_show_the_readme():
     env = {**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'}
     texts = [_run(sys.executable, '-c', code, cwd=ROOT, env={**env, 'PROJECT_URL': url}) for url in ('', page + '/')]
     links = [re.findall(r'(!?)\[[^]]*\]\(([^)]+)\)', text) for text in texts]
-    own = [(mark, link) for mark, link in links[0] if not link.startswith('https://')]
+    own = [(mark, link) for mark, link in links[0] if not link.startswith(('https://', '#'))]
     assert texts[0] == (ROOT / 'README.md').read_text() + '\n' and len(own) >= 5
     folder = {'!': f'{page}/raw/v{metadata_version()}', '': f'{page}/blob/v{metadata_version()}'}
     assert [x for x in links[1] if x[1].startswith(page)] == [(mark, f'{folder[mark]}/{link}') for mark, link in own]

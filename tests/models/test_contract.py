@@ -38,6 +38,19 @@ REFUSED_OPERATORS = {'Col2Im', 'If', 'Loop', 'Scan', 'ScatterND', 'ScatterElemen
 LARGEST = 96  # pixels of an image in the tests of models that are not small
 
 
+WITH_KERNELS = ('test_any_size', 'test_every_parameter_learns', 'test_learns_a_batch')
+
+
+@pytest.fixture(autouse=True)
+def backend(request):
+    """PyTorch's own operators, but where a test stands for use: kernels are compiled for every type and width."""
+    chosen = elsa_models.ops.get_backend()
+    if request.function.__name__ not in WITH_KERNELS:
+        elsa_models.ops.set_backend('torch')
+    yield
+    elsa_models.ops.set_backend(chosen)
+
+
 def own_models():
     """Names of all models that the package registers."""
     return [n for n in timm.list_models() if model_entrypoint(n).__module__.partition('.')[0] == elsa_models.__name__]

@@ -6,7 +6,6 @@ import torch
 from helpers import keyed_state_dict
 from timm.models import save_for_hf
 
-import elsa_models
 from elsa_models.commands import export
 
 onnx = pytest.importorskip('onnx')
@@ -46,15 +45,16 @@ def test_checkpoint_of_the_authors(main, tmp_path, monkeypatch):
     torch.save({'state_dict': entries, 'epoch': 3}, tmp_path / 'tiny.pth.tar')
     models = []
 
-    def export(model, path, **kwargs):
+    def written(model, path, **kwargs):
         models.append(model)
         path.write_bytes(b'')
         return path
 
-    monkeypatch.setattr(elsa_models, 'export_onnx', export)
+    monkeypatch.setattr(export, 'export_onnx', written)
     arguments = ('elsa_swin_tiny', tmp_path / 'x.onnx', '--checkpoint', tmp_path / 'tiny.pth.tar')
     assert main(*arguments) == 0 and main(*arguments, '--num-classes', 1000) == 0
     assert main(*arguments, '--features-only') == 0
+    assert len(models) == 3
     for model in models[:2]:
         assert torch.equal(model.head.fc.weight, entries['head.weight'])
         assert torch.equal(model.patch_embed.proj.weight, entries['patch_embed.proj.weight'])
