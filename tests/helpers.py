@@ -5,7 +5,9 @@ import zlib
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+import numpy as np
 import torch
+from PIL import Image
 
 DATA = Path(__file__).parent / 'data'
 
@@ -41,6 +43,13 @@ def keyed_state_dict(size: str, seed: int = 0) -> Dict[str, torch.Tensor]:
             x = .04 * x
         out[name] = x
     return out
+
+
+def drawn_picture(height: int, width: int) -> Image.Image:
+    """Waves of three colours, different in every place."""
+    y, x = np.mgrid[:height, :width]
+    waves = [128 + 120 * np.sin(x / a) * np.cos(y / b) for a, b in ((3, 9), (7, 5), (11, 4))]
+    return Image.fromarray(np.stack(waves, -1).round().astype(np.uint8))
 
 
 def keyed_input() -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from helpers import drawn_picture
 from timm.data import create_transform, resolve_model_data_config
 
 from elsa_models import export_onnx
@@ -36,12 +36,6 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def _picture(width, height):
-    y, x = np.mgrid[:height, :width]
-    waves = [128 + 120 * np.sin(x / a) * np.cos(y / b) for a, b in ((3, 9), (7, 5), (11, 4))]
-    return Image.fromarray(np.stack(waves, -1).round().astype(np.uint8))
-
-
 @pytest.mark.skipif(shutil.which('node') is None, reason='needs Node')
 def test_page_prepares_pictures_as_timm_does():
     import onnx
@@ -51,7 +45,7 @@ def test_page_prepares_pictures_as_timm_does():
             ((100, 61), (48, 80), 'center', 'lanczos', 3), ((61, 100), (48, 80), 'squash', 'bicubic', 3),
             ((100, 61), (64, 64), 'border', 'bilinear', 3), ((40, 50), (64, 64), 'border', 'nearest', 1),
             ((3, 1), (32, 32), 'center', 'bicubic', 3)):
-        picture = _picture(width, height)
+        picture = drawn_picture(height, width)
         config = dict(
             input_size=(channels, *wanted), interpolation=interpolation, mean=(0.5, 0.3, 0.2)[:channels],
             std=(0.5,) * channels, crop_pct=0.9, crop_mode=mode)
@@ -95,7 +89,7 @@ def test_page_classifies_a_dropped_image(tmp_path):
     subprocess.run(['npm', 'install', '--no-audit', '--no-fund', 'onnxruntime-web'], cwd=tmp_path, check=True)
     shutil.copytree(tmp_path / 'node_modules' / 'onnxruntime-web' / 'dist', site / 'dist')
 
-    picture, png = _picture(100, 75), io.BytesIO()
+    picture, png = drawn_picture(75, 100), io.BytesIO()
     picture.save(png, 'PNG')
     config = resolve_model_data_config(model)
     with torch.no_grad():

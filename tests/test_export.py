@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import assert_near
-from PIL import Image
+from helpers import assert_near, drawn_picture
 from timm.data import create_transform, resolve_model_data_config
 from torch.nn.utils import parametrizations, prune, weight_norm
 
@@ -50,12 +49,6 @@ def _model(name, **kwargs):
         for parameter in model.parameters():  # every parameter shows in the result
             parameter.add_(.02 * torch.randn_like(parameter))
     return model.eval()
-
-
-def _picture(height, width):
-    y, x = np.mgrid[:height, :width]
-    waves = [128 + 120 * np.sin(x / a) * np.cos(y / b) for a, b in ((3, 9), (7, 5), (11, 4))]
-    return Image.fromarray(np.stack(waves, -1).round().astype(np.uint8))
 
 
 def _shallow(**kwargs):
@@ -175,7 +168,7 @@ def test_preprocessing_in_the_graph(tmp_path):
     ('center', (64, 64), (190, 240)), ('center', (48, 80), (65, 201)), ('squash', (64, 64), (50, 40)),
     ('border', (48, 80), (130, 90)), ('border', (64, 64), (3, 5))])
 def test_matrices_resize_and_crop_as_timm_does(mode, size, from_size):
-    picture = _picture(*from_size)
+    picture = drawn_picture(*from_size)
     pixels = torch.tensor(np.array(picture)).float()
     for interpolation in ('bilinear', 'bicubic', 'lanczos', 'nearest'):
         config = dict(
@@ -192,7 +185,7 @@ def test_resizing_in_the_graph(tmp_path):
     model = _shallow()
     path = export_onnx(model, tmp_path / 'model.onnx', preprocess=True, resize_from=(90, 130))
     assert json.loads(_metadata(path)['resize_from']) == [90, 130]
-    picture = _picture(90, 130)
+    picture = drawn_picture(90, 130)
     pixels = torch.from_numpy(np.array(picture))[None]
     found, = _run(path, pixels)
     compiled = openvino.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})

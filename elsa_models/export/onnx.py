@@ -129,7 +129,8 @@ def export_onnx(
         resize_from)
 
     pictures = data_config if resize_from is None else {**data_config, 'crop_pct': 1., 'crop_mode': 'squash'}
-    real = _load_images(images, pictures, resize_from or size) if images is not None else []
+    taken = resize_from or size
+    real = _load_images(images, pictures, taken) if images is not None else []
     device = next(model.parameters()).device
     with _beside(path) as folder:
         with evaluating(model), torch.no_grad():
@@ -137,7 +138,6 @@ def export_onnx(
             if preprocess:
                 wrapped, rewritten = (
                     _Preprocessed(m, data_config, size, resize_from).to(device).eval() for m in (wrapped, rewritten))
-            taken = resize_from or size
             graph = _trace(rewritten, model, in_chans, taken, device, dynamic_batch, dynamic_size, preprocess, opset)
             del rewritten
             batches = _make_batches(in_chans, taken, dynamic_batch, dynamic_size, real)

@@ -289,7 +289,6 @@ def test_drive_without_a_network_is_given_up_at_once(monkeypatch, capfd):
 def test_threads_without_a_network_leave_the_hubs_mode_as_it_was(monkeypatch):
     from huggingface_hub import constants
 
-    from elsa_models.hub import sources
     monkeypatch.setattr(sources, '_why_unreachable', lambda: OSError('no route'))
     first, second = sources.reaching_hub(), sources.reaching_hub()
     first.__enter__()

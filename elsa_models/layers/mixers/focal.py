@@ -138,7 +138,8 @@ def _attend_some(
     k, v = kv.unbind(0)
     q = q.reshape(B, heads * windows, L, d)
     if fused and not (q.device.type == 'cpu' and torch.is_grad_enabled()):
-        # on the CPU, PyTorch's kernel takes no bias that learns, and what stands in for it is slower than the below
+        # on the CPU, PyTorch's kernel takes no bias that learns, which torch.func hides, and what stands in for it is
+        # slower than the below
         x = F.scaled_dot_product_attention(q, k, v, bias, dropout_p)
     else:
         attn = (q * d ** -.5) @ k.transpose(-2, -1)
