@@ -17,7 +17,9 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 import elsa_models
 from elsa_models import export_onnx
+from elsa_models._images import find_images
 from elsa_models.export import rewrite_for_runtimes
+from elsa_models.export.onnx import _load_images
 from elsa_models.export.resize import resize_matrices
 from elsa_models.inference import ModelError, load_classifier
 from elsa_models.layers import ElsaAttention
@@ -218,6 +220,19 @@ def test_int8(tmp_path, images):
     quantised = {o for n in nodes if n.op_type == 'DequantizeLinear' for o in n.output}
     assert sum(n.op_type in ('MatMul', 'Gemm') and n.input[1] in quantised for n in nodes) == linears
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_images_that_training_skips_are_skipped(images, tmp_path, caplog):
+    folder = shutil.copytree(images, tmp_path / 'pictures')
+    number = len(find_images([str(folder)]))
+    (folder / 'broken.jpg').write_bytes(b'no image')
+    (folder / '.hidden.jpg').write_bytes(b'no image')
+    assert len(_load_images(folder, resolve_model_data_config(_shallow()), (64, 64))) == number
+    assert caplog.text.count('cannot be read as an image') == 1
+    (tmp_path / 'none').mkdir()
+    shutil.move(folder / 'broken.jpg', tmp_path / 'none')
+    with pytest.raises(ValueError, match='images: got .*none can be read'):
+        export_onnx(_shallow(), tmp_path / 'model.onnx', images=tmp_path / 'none')
 
 
 def test_metadata(tmp_path):

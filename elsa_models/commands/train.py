@@ -11,6 +11,7 @@ recipe can be overridden by an option.
 """
 from typing import List, Optional
 
+from ..training.jobs.classification import RANDOM_WEIGHTS
 from ..training.run import Result
 from ._training import train_command
 
@@ -20,7 +21,7 @@ def report(result: Result) -> None:
     best, recipe = result.metrics, result.job.recipe
     print(f'held-out accuracy: {best["val_top1"]:.2f} % of {best["val_images"]} images, in epoch {best["epoch"]},'
           ' which was chosen by them: other images are recognised less often')
-    if not recipe.pretrained and recipe.checkpoint is None and recipe.warm_start is None and recipe.data != 'digits':
+    if result.job.first_weights == RANDOM_WEIGHTS and recipe.data != 'digits':
         print('what would help most: weights (--pretrained with a model that has some, see configs/finetune.yaml), then'
               ' more images')
     print('load the model with:')

@@ -234,7 +234,15 @@ def _load_images(folder: Union[str, Path], data_config: Dict[str, Any], size: Tu
     config = {**data_config, 'input_size': (data_config['input_size'][0], *size)}
     transform = create_transform(**config, is_training=False)
     step = max(1, -(-len(files) // _MAX_IMAGES))
-    return [transform(read_image(file, mode)) for file in files[::step]]
+    pictures = []
+    for file in files[::step]:
+        try:
+            pictures.append(transform(read_image(file, mode)))
+        except DataError as e:
+            _logger.warning('%s', e)
+    if not pictures:
+        raise ValueError(f'images: got {str(folder)!r}, of whose images none can be read.')
+    return pictures
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -18,6 +18,7 @@ _RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[2] / 'con
 _MAX_DEPTH = 20  # of mappings and lists within each other
 _MAX_PARTS = 100_000  # of them and what they hold, an alias of YAML counting as what it stands for
 _MAX_INT = 2 ** 31 - 1
+UNFINISHED = '-running'  # ends the name of a run's folder until the run is finished
 
 
 class RecipeError(ValueError):
@@ -175,6 +176,8 @@ class BaseRecipe(Values):
             raise RecipeError(
                 f'name: got {self.name!r}, must be the name of a folder within output, without separators and control'
                 f' characters.')
+        if self.name.endswith(UNFINISHED):
+            raise RecipeError(f'name: got {self.name!r}, must not end in {UNFINISHED!r}, as unfinished runs do.')
 
 
 def _folder_name(text: str) -> str:
@@ -184,7 +187,10 @@ def _folder_name(text: str) -> str:
 
 def name_of_data(data: str) -> str:
     """A name for a run on a folder or data set: its last part."""
-    return _folder_name(Path(data.replace('\0', '_')).resolve().name) or 'run'
+    name = _folder_name(Path(data.replace('\0', '_')).resolve().name)
+    while name.endswith(UNFINISHED):
+        name = name.removesuffix(UNFINISHED)
+    return name or 'run'
 
 
 @dataclasses.dataclass

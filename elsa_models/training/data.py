@@ -329,7 +329,9 @@ def _class_names(folder: Path) -> List[str]:
     if not names:
         raise DataError(f'{folder}: must hold one sub-folder of images for each class, but holds none.')
     if len(names) == 1:
-        raise DataError(f'{folder}: holds one class only, {names[0]!r}; at least two are needed.')
+        inner = _class_folders(folder / names[0])
+        hint = f' Of the folders in it: give {folder / names[0]} as data.' if len(inner) > 1 else ''
+        raise DataError(f'{folder}: holds one class only, {names[0]!r}; at least two are needed.{hint}')
     return names
 
 
@@ -345,11 +347,11 @@ def _folder_images(folder: Path, class_names: List[str], complete: bool = True) 
         images += map(Path, found.images)
         targets += [numbers[name]] * len(found.images)
         others.update(found.others)
-        inner = {Path(file).relative_to(folder / name).parts[0] for file in found.images}
-        if len(inner) > 1 and all((folder / name / part).is_dir() for part in inner):
+        inner = _folders_within(folder / name, found.images)
+        if inner:
             _logger.warning(
                 '%s: is taken for one class, but holds folders of images itself: %s', folder / name,
-                ', '.join(sorted(inner)[:5]))
+                ', '.join(inner[:5]))
     if not images:
         raise DataError(f'{folder}: holds no images.')
     if others:
@@ -357,6 +359,20 @@ def _folder_images(folder: Path, class_names: List[str], complete: bool = True) 
             '%s: %d files are left out, for their endings: %s', folder, sum(others.values()),
             ', '.join(f'{n} {ending}' for ending, n in sorted(others.items())))
     return images, targets
+
+
+def _folders_within(folder: Path, images: Sequence[str]) -> List[str]:
+    """Folders that look like classes of their own: the first that have images and lie beside each other."""
+    within: Dict[Path, Dict[str, None]] = {}
+    for image in images:
+        place = folder
+        for part in Path(image).relative_to(folder).parts[:-1]:
+            within.setdefault(place, {})[part] = None
+            place /= part
+    for place in sorted(within):
+        if len(within[place]) > 1:
+            return [(place / name).relative_to(folder).as_posix() for name in sorted(within[place])]
+    return []
 
 
 def _by_class(targets: Sequence[int], generator: torch.Generator) -> Dict[int, List[int]]:

@@ -19,7 +19,7 @@ from .._files import (
     write_atomically,
 )
 from .._images import warn_again
-from .config import BaseRecipe, RecipeError, load_recipe
+from .config import UNFINISHED, BaseRecipe, RecipeError, load_recipe
 from .job import Job
 from .loop import CHECKPOINTS, LOG, TENSORBOARD, Trainer
 from .world import join_world
@@ -106,7 +106,7 @@ def run_job(recipe: BaseRecipe, kind: Type[Job]) -> Result:
 
 
 def _working(folder: Path) -> Path:
-    return folder.with_name(f'{folder.name}-running')
+    return folder.with_name(f'{folder.name}{UNFINISHED}')
 
 
 def _is_resumable(working: Path) -> bool:

@@ -106,6 +106,24 @@ def test_what_is_left_out_and_what_looks_odd_is_said(image_folder, caplog):
     assert '4 files are left out, for their endings: 1 .db, 2 .heic, 1 without ending' in caplog.text
 
 
+@pytest.mark.parametrize('others, said', [
+    (['mine/red', 'mine/blue'], 'mine/blue, mine/red'),  # deeper
+    (['red', 'blue', '.'], 'blue, red'),  # beside images
+    (['images'], None),  # as of Tiny ImageNet
+])
+def test_class_like_folders_in_a_class_are_named(image_folder, caplog, others, said):
+    for other in others:
+        shutil.copytree(image_folder / 'red', image_folder / 'nested' / other, dirs_exist_ok=True)
+    _splits(image_folder)
+    found = 'nested: is taken for one class, but holds folders of images itself: '
+    assert f'{found}{said}\n' in caplog.text if said else found not in caplog.text
+
+
+def test_folder_above_the_classes_is_told_from_a_class(image_folder):
+    with pytest.raises(DataError, match=r"one class only, 'pictures'.*give .*pictures as data"):
+        _splits(image_folder.parent)
+
+
 def test_names_that_are_no_text(image_folder):
     try:
         os.rename(image_folder / 'red', os.fsencode(image_folder) + b'/r\xffd')

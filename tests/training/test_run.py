@@ -333,6 +333,26 @@ def test_name_stays_in_the_output_folder(name):
     assert Recipe(data=f'x/{name}').run_name.isprintable() and '/' not in Recipe(data=f'x/{name}').run_name
 
 
+def test_no_finished_run_has_the_name_of_an_unfinished_one(tmp_path, image_folder):
+    with pytest.raises(RecipeError, match="name: got 'mine-running', must not end in '-running'"):
+        Recipe(name='mine-running')
+    data = image_folder.rename(image_folder.with_name('pictures-running'))
+    finished = _run(tmp_path, data=str(data), limit=0, epochs=1, batch_size=4).folder
+    assert finished.name == 'pictures'
+    assert Recipe(data='-running-running').run_name == 'run'
+
+
+@pytest.mark.parametrize('values, helps', [
+    ({}, True), (dict(model=True), False), (dict(data='digits', limit=8), False)])
+def test_advice_at_the_end_is_for_runs_from_random_weights(tmp_path, full, image_folder, capsys, values, helps):
+    from elsa_models.commands.train import report
+    if values.get('model'):  # a path comes with its weights
+        values = dict(model=str(full.folder), model_args={})
+    arguments = dict(data=str(image_folder), limit=0, epochs=1, batch_size=4)
+    report(_run(tmp_path, **{**arguments, **values}))
+    assert ('what would help most: weights' in capsys.readouterr().out) == helps
+
+
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('x')
     for arguments in (dict(output=str(tmp_path / 'file')), dict(output=str(tmp_path), name='x' * 300)):

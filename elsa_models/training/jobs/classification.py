@@ -43,10 +43,15 @@ _logger = logging.getLogger(__name__)
 MODEL, ONNX, LABELS, CURVES, CONFUSION, CLASSES, PREDICTIONS, ATTENTION = (
     'model', 'model.onnx', 'labels.json', 'curves.png', 'confusion.png', 'classes.csv', 'predictions.png',
     'attention.png')
+RANDOM_WEIGHTS = 'random weights'
 
 
 class ClassificationJob(Job):
-    """Trains a classifier as a `Recipe` says."""
+    """Trains a classifier as a `Recipe` says.
+
+    Attributes:
+        first_weights: What the training starts from, in words; `RANDOM_WEIGHTS` for those.
+    """
     metric = 'top1'
     in_percent = ('top',)
     recipe_kind = Recipe
@@ -71,6 +76,7 @@ class ClassificationJob(Job):
         self.splits: Splits = load_splits(recipe, batch_size=recipe.batch_size, seed=recipe.seed)
         num_classes = len(self.splits.class_names)
         model = create_model(recipe, num_classes).to(world.device)
+        self.first_weights = _first_weights(recipe)
         try:
             self.data_config = resolve_images(model, **recipe.preparation())
             self.splits.set_mode(color_mode(self.data_config))
@@ -221,10 +227,9 @@ class ClassificationJob(Job):
         if self.recipe.onnx:
             export_onnx(model, folder / ONNX)
             _logger.info('exported the model to ONNX; ONNX Runtime agrees with it')
-        if self.recipe.figures:
-            draw('curves', figures.draw_curves, history, folder / CURVES)
         if not self.recipe.figures:
             return
+        draw('curves', figures.draw_curves, history, folder / CURVES)
         if self.splits.is_stream and self.world.size > 1:
             _logger.info('%s: not drawn, this process reads only its share of the stream', CONFUSION)
             return
@@ -240,21 +245,15 @@ class ClassificationJob(Job):
                 draw('attention', figures.draw_attention, model, self._load, self.data_config, found, class_names,
                      folder / ATTENTION)
 
-
     def _card(self, model: nn.Module, folder: Path, history: List[Dict[str, float]]) -> str:
         """The model card, with the accuracy of the best epoch."""
         recipe, key = self.recipe, f'val_{self.metric}'
         best = max(reversed(history), key=lambda row: row[key])  # the last of equals, as in training
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        start = 'random weights'
-        if recipe.pretrained or recipe.checkpoint is not None or find_model(recipe.model).path is not None:
-            start = 'trained weights'
-        elif recipe.warm_start is not None:
-            start = 'the weights of a related model'
         return model_card(
             model,
             recipe.run_name,
-            f'Trained with elsa_models on {self.train_loader.num_images} images, from {start}.',
+            f'Trained with elsa_models on {self.train_loader.num_images} images, from {self.first_weights}.',
             config['pretrained_cfg'].get('license') or UNKNOWN,
             sha256_of(folder / 'model.safetensors'),
             source=f'epochs | {best["epoch"]:.0f} of {len(history)}, the best on the held-out images',
@@ -290,6 +289,12 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
         except (TypeError, ValueError, RuntimeError, FileNotFoundError) as e:
             raise RecipeError(f'warm_start: {recipe.warm_start!r} is not possible. {e}') from e
     return model
+
+
+def _first_weights(recipe: Recipe) -> str:
+    if recipe.pretrained or recipe.checkpoint is not None or find_model(recipe.model).path is not None:
+        return 'trained weights'
+    return RANDOM_WEIGHTS if recipe.warm_start is None else 'the weights of a related model'
 
 
 def keeps_licence(recipe: Recipe) -> bool:
