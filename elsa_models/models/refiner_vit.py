@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Optional, Tuple, Type, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.modules.module as hooks
 from timm.layers import (
     DropPath,
     LayerScale,
@@ -229,9 +230,20 @@ class RefinerBlock(nn.Module):
         self.ls2 = LayerScale(dim, init_values=init_values, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    def forward(self, x: torch.Tensor, maps: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Map tokens (B, N, dim) and maps (B, num_heads, N, N) of the block before to tokens and maps handed on."""
-        out, maps = self.attn(self.norm1(x), maps)
+    def forward(
+            self,
+            x: torch.Tensor,
+            maps: Optional[torch.Tensor] = None,
+            may_overwrite: bool = False,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map tokens (B, N, dim) and maps (B, num_heads, N, N) of the block before to tokens and maps handed on.
+
+        With may_overwrite these may be in the place of the given ones.
+        """
+        if may_overwrite:
+            out, maps = self.attn(self.norm1(x), maps, may_overwrite)
+        else:
+            out, maps = self.attn(self.norm1(x), maps)
         x = x + 2. * self.drop_path1(out)
         x = x + 2. * self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return x, maps
@@ -504,6 +516,14 @@ class RefinerVit(TokenLabelModel):
             x, maps = block(x, maps)
         return x, maps
 
+    @torch.jit.unused
+    def _maps_are_its_own(self) -> bool:
+        """Whether no hook or foreign module sees the maps on their way, and might keep them."""
+        layers = [m for block in self.blocks for m in (block, getattr(block, 'attn', None))]
+        own = all(type(m) in (RefinerBlock, MapAttention, RefinedAttention) for m in layers)
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.blocks.modules())
+        return own and not hooked and not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
+
     def forward_patches(self, x: torch.Tensor) -> torch.Tensor:
         """Map patches (B, H, W, C) to normalised tokens (B, 1 + H * W, C), the class token first."""
         x = self._embed(x)
@@ -511,6 +531,9 @@ class RefinerVit(TokenLabelModel):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for i in range(0, len(self.blocks), 2):
                 x, maps = checkpoint(self._forward_pair, i, x, maps)
+        elif not torch.jit.is_scripting() and self._maps_are_its_own():
+            for block in self.blocks:
+                x, maps = block(x, maps, True)
         else:
             for block in self.blocks:
                 x, maps = block(x, maps)

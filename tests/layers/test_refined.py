@@ -242,6 +242,19 @@ def test_inference_in_strips_of_queries(monkeypatch):
     assert maps.grad_fn is None and maps.min() >= 0.  # as it was
 
 
+def test_inference_may_overwrite_maps():
+    layer = MapAttention(12, 3, dtype=torch.float64).eval()
+    x, maps = problem(B=3, N=11)
+    out, handed = layer(x, maps, may_overwrite=True)  # no inference, and backward needs them
+    assert handed is not maps
+    with torch.no_grad():
+        a, b = layer(x, maps, may_overwrite=True)
+        assert b is maps
+        assert_near(a, out, 1e-12)
+        assert_near(b, handed, 1e-12)
+        assert layer(x, maps.float(), may_overwrite=True)[1].dtype == torch.float64
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_maps_are_float32_under_autocast(dtype):
     even, odd = MapAttention(12, 3).eval(), make(dtype=torch.float32).eval()

@@ -342,6 +342,43 @@ def test_set_input_size_warns_of_statistics(caplog):
     assert 'belong to 145 tokens, there are 65 now' in caplog.text and 'reestimate_batch_norm' in caplog.text
 
 
+def test_maps_that_hooks_keep_are_not_overwritten():
+    model = small(img_size=64)
+    x = torch.randn(2, 3, 64, 64)
+    logits, addresses = model(x), []
+    expected = [maps for _, _, maps in model.forward_intermediates(
+        x, indices=list(range(0, len(model.blocks), 2)), return_prefix_tokens=True, return_attention=True)[1]]
+
+    def keep(module, args, out):
+        seen.append(out[1])
+
+    for hooked in (model.blocks, [block.attn for block in model.blocks]):
+        seen = []
+        handles = [module.register_forward_hook(keep) for module in hooked]
+        with torch.no_grad():
+            assert_near(model(x), logits, 1e-5)
+        for handle in handles:
+            handle.remove()
+        assert all(a is b for a, b in zip(seen[::2], seen[1::2]))  # handed on as they were
+        for found, maps in zip(seen[::2], expected):
+            assert_near(found, maps, 1e-6)
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(out[1]) if isinstance(module, MapAttention) else None)
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    for found, maps in zip(seen, expected):
+        assert_near(found, maps, 1e-6)
+    with torch.no_grad():  # nobody keeps them: the first blocks' are those of all
+        for block in model.blocks[::2]:
+            attend = block.attn._attend_by_rows
+            block.attn._attend_by_rows = lambda *args, attend=attend: (
+                addresses.append(None if args[3] is None else args[3].data_ptr()), attend(*args))[1]
+        assert_near(model(x), logits, 1e-5)
+    assert addresses[0] is None and len(set(addresses[1:])) == 1
+
+
 def test_statistics_are_found_anew():
     model = small(img_size=(40, 64), drop_path_rate=.5, proj_drop_rate=.2)
     model.blocks[1].eval()

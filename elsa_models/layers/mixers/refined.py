@@ -94,11 +94,17 @@ class MapAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: torch.Tensor, maps: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+            self,
+            x: torch.Tensor,
+            maps: Optional[torch.Tensor] = None,
+            may_overwrite: bool = False,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             x: Tokens (B, N, dim).
             maps: Those of the layer before (B, num_heads, N, N), None in the first.
+            may_overwrite: Nobody reads the given maps any more: inference may put the new ones in their place.
 
         Returns:
             Tokens (B, N, dim), and the maps that were applied to their values, to be handed on.
@@ -110,7 +116,7 @@ class MapAttention(nn.Module):
         else:
             with _without_autocast(x):
                 if self._takes_strips(x):
-                    out, maps = self._attend_by_rows(q, k, v, maps)
+                    out, maps = self._attend_by_rows(q, k, v, maps, may_overwrite)
                 else:
                     out, maps = self._attend(q, k, v, maps)
         out = out.transpose(1, 2).flatten(2).to(x.dtype)
@@ -141,6 +147,7 @@ class MapAttention(nn.Module):
             k: torch.Tensor,
             v: torch.Tensor,
             maps: Optional[torch.Tensor],
+            may_overwrite: bool,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """The same for inference, a few queries at a time: no other map beside the two, and all of it in the cache."""
         B, h, N, _ = q.shape
@@ -148,7 +155,7 @@ class MapAttention(nn.Module):
         size = _ROW_BYTES if q.device.type == 'cpu' else 32 * _ROW_BYTES
         images = max(1, size // (h * N * N * q.element_size()))
         rows = max(1, min(N, size // (h * N * q.element_size())))
-        attn = q.new_empty(B, h, N, N)
+        attn = maps if may_overwrite and maps is not None and maps.dtype == q.dtype else q.new_empty(B, h, N, N)
         out = torch.empty_like(q)
         for b in range(0, B, images):
             some = slice(b, b + images)
@@ -319,11 +326,17 @@ class RefinedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: torch.Tensor, maps: Optional[torch.Tensor] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+            self,
+            x: torch.Tensor,
+            maps: Optional[torch.Tensor] = None,
+            may_overwrite: bool = False,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             x: Tokens (B, N, dim).
             maps: Those of the layer before (B, num_heads, N, N).
+            may_overwrite: As in `MapAttention`, whose calls are like these; they are read alone.
 
         Returns:
             Tokens (B, N, dim), and the maps as given.
