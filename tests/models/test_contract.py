@@ -20,7 +20,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from helpers import DATA, assert_near, max_error
+from helpers import DATA, assert_near, learn_digits, max_error
 from timm import create_model
 from timm.models import group_parameters, model_entrypoint, save_for_hf
 from timm.models._features_fx import GraphExtractNet, get_graph_node_names
@@ -30,15 +30,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import elsa_models
 from elsa_models.export.rewrite import rewrite_for_runtimes
-from elsa_models.models import families, family_of
+from elsa_models.models import families, family_of, token_label_loss
 from elsa_models.models._family import arguments_of
+from elsa_models.models._token_labels import TokenLabelModel
 
 # what no runtime but PyTorch's own runs well, or at all
 REFUSED_OPERATORS = {'Col2Im', 'If', 'Loop', 'Scan', 'ScatterND', 'ScatterElements'}
 LARGEST = 96  # pixels of an image in the tests of models that are not small
 
 
-WITH_KERNELS = ('test_any_size', 'test_every_parameter_learns', 'test_learns_a_batch')
+WITH_KERNELS = ('test_any_size', 'test_every_parameter_learns', 'test_learns_a_batch', 'test_learns_the_digits')
 
 
 @pytest.fixture(autouse=True)
@@ -233,6 +234,10 @@ def test_input_size_can_be_set(name, tmp_path):
     assert_near(flexible(x), model(x), 1e-10)
     if not takes_one_size(name):
         return
+    state, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    model.set_input_size(img_size=side(name))  # the size that it has
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     for i, size in enumerate(sizes(name)[1:]):
         x = images(name, size=size, dtype=torch.float64)
         with pytest.raises((ValueError, AssertionError)):
@@ -806,3 +811,23 @@ def test_learns_a_batch(name):
         losses.append(loss.item())
     assert losses[-1] < .6 * losses[0], losses
     assert max_error(model.eval()(x), model(x)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [n for n in NAMES if is_small(n)])
+def test_learns_the_digits(name):
+    model = create_model(name, num_classes=10, **(dict(img_size=32) if takes_one_size(name) else {}))
+    assert learn_digits(model, lambda x, y: F.cross_entropy(model(x), y)) >= .97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [
+    n for n in NAMES if is_small(n) and issubclass(family_of(n).model_cls, TokenLabelModel)])
+def test_learns_the_digits_from_token_labels(name):
+    model = create_model(name, num_classes=10, img_size=32, use_mix_token=True)
+
+    def loss(x, y):
+        out = model.forward_train(x)
+        return token_label_loss(out, y, y[:, None, None].expand(-1, *out.token_logits.shape[1:3]))
+
+    assert learn_digits(model, loss) >= .97

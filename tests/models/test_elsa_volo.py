@@ -2,7 +2,6 @@
 import copy
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm import create_model
 from timm.layers import resample_abs_pos_embed_nhwc
-from timm.models import save_for_hf
 from timm.models._input import get_model_args
 from timm.models.volo import Transformer
 
@@ -94,10 +92,6 @@ def test_every_name_is_registered_and_none_claims_weights():
     names = timm.list_models('*elsa_volo*')
     assert sorted(names) == sorted([*PARAMS, 'test_elsa_volo'])
     assert not timm.list_models('*elsa_volo*', pretrained=True)
-
-
-def test_small_model_is_small():
-    assert num_params(create_model('test_elsa_volo', device='meta')) < 1e6
 
 
 def test_only_the_first_stage_is_local():
@@ -226,16 +220,6 @@ def test_position_embedding_is_resampled():
     assert_same_state(model, dict(other, pos_embed=expected))
 
 
-def test_same_size_changes_nothing():
-    model = small()
-    state, parameters = clone_state(model), list(model.parameters())
-    model.set_input_size(img_size=64)
-    model.set_input_size(img_size=(64, 64), patch_size=4)
-    model.set_input_size()
-    assert_same_state(model, state)
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-
-
 def test_resized_model_is_built_anew_from_its_arguments():
     model = small()
     model.set_input_size(img_size=(48, 96))
@@ -315,28 +299,10 @@ def test_checkpoint_for_other_classes_channels_and_heads(tmp_path):
     assert bits_equal(model.model.pos_embed, source.pos_embed)
 
 
-def test_checkpoint_that_does_not_fit_is_refused(tmp_path):
-    state = small().state_dict()
-    state['network.9.proj.weight'] = state.pop('network.1.proj.weight')
-    torch.save(state, tmp_path / 'weights.pth')
-    with pytest.raises(RuntimeError, match=r'Missing \(1\): network.1.proj.weight.*Unknown \(1\): network.9.proj'):
-        small(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth'), num_classes=10))
-
-
 @pytest.mark.parametrize('name', ['elsa_volo_d1_224', 'test_elsa_volo'])
 def test_pretrained_says_that_there_are_no_weights(name):
     with pytest.raises(RuntimeError, match=rf'{name}.*none were ever released'):
         create_model(name, pretrained=True)
-
-
-def test_hub_round_trip_after_resize(tmp_path):
-    model = small()
-    model.set_input_size(img_size=(48, 96))
-    save_for_hf(model, tmp_path)
-    restored = create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert_same_state(restored, model.state_dict())
-    x = torch.randn(1, 3, 48, 96)
-    assert bits_equal(restored(x), model(x))
 
 
 @pytest.mark.parametrize('size', [(224, 224), (256, 320), (225, 231)])
@@ -564,11 +530,6 @@ def test_bad_arguments_are_refused(kwargs, message):
         small(**kwargs)
 
 
-def test_unknown_argument_is_refused():
-    with pytest.raises(TypeError, match='outlook_attention'):
-        small(outlook_attention=(True, False, False, False))
-
-
 def test_forward_train_needs_a_pool():
     with pytest.raises(ValueError, match='global_pool'):
         small(global_pool='').forward_train(torch.randn(2, 3, 64, 64))
@@ -596,18 +557,6 @@ def test_reset_classifier_keeps_pool_and_resets_both_heads():
         model.reset_classifier(3, 'max')
 
 
-def test_initialisation_after_to_empty():
-    model = create_model('test_elsa_volo', device='meta', dtype=torch.float64).to_empty(device='cpu').eval()
-    with torch.no_grad():
-        for x in (*model.parameters(), *model.buffers()):
-            x.fill_(float('nan') if x.is_floating_point() else 7)
-    model.init_weights()
-    assert all(x.isfinite().all() for x in (*model.parameters(), *model.buffers()))
-    fresh = create_model('test_elsa_volo', dtype=torch.float64)
-    for (name, a), b in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        assert a.std(correction=0).item() == pytest.approx(b.std(correction=0).item(), rel=.35, abs=1e-12), name
-
-
 def test_initialisation_is_elsas_and_volos():
     model = create_model('elsa_volo_d1_224', **SHALLOW)
     attn, block = model.network[0][0].attn, model.network[2][0]
@@ -619,43 +568,6 @@ def test_initialisation_is_elsas_and_volos():
         assert x.std().item() == pytest.approx(.02, rel=.15)
     assert not model.head.bias.any() and not block.mlp.fc1.bias.any()
     assert attn.ghost_mul.std().item() == pytest.approx(1., rel=.1)
-
-
-def test_gradient_checkpointing_changes_nothing():
-    x = torch.randn(2, 3, 64, 64)
-    grads = []
-    for enable in (False, True):
-        torch.manual_seed(0)
-        model = create_model('test_elsa_volo', num_classes=10).train()
-        model.set_grad_checkpointing(enable)
-        y = model(x)
-        y.square().sum().backward()
-        grads.append([y, *(p.grad for p in model.parameters())])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_images_do_not_depend_on_their_batch():
-    model = small(dynamic_img_size=True)
-    x = torch.randn(3, 3, 37, 53)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), torch.cat([model(i[None]) for i in x]))
-
-
-def test_copies_and_pickles():
-    model = small()
-    x = torch.randn(1, 3, 64, 64)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert bits_equal(other(x), model(x))
-
-
-def test_half_precision_after_a_forward():
-    model = small(dynamic_img_size=True)
-    x = torch.randn(1, 3, 37, 53)
-    y = model(x)
-    z = model.to(torch.bfloat16)(x.to(torch.bfloat16))
-    assert z.dtype == torch.bfloat16
-    torch.testing.assert_close(z.float(), y, rtol=0, atol=.1 * y.abs().max().item())
 
 
 def test_layer_decay_groups_cover_the_model():
@@ -702,21 +614,6 @@ def test_exported_model_takes_any_size():
         for size in SIZES[:4]:
             x = torch.randn(3, 3, *size)
             torch.testing.assert_close(program.module()(x), model(x))
-
-
-def test_onnx_has_no_col2im(tmp_path):
-    import onnx
-    import onnxruntime
-    model = small(img_size=(37, 53))
-    x = torch.randn(2, 3, 37, 53)
-    path = str(tmp_path / 'model.onnx')
-    torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
-    graph = onnx.load(path).graph
-    assert not {n.op_type for n in graph.node} & {'Col2Im', 'If', 'Loop', 'ScatterND'}
-    assert {n.domain for n in graph.node} == {''}
-    session = onnxruntime.InferenceSession(path)
-    y, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
 LARGE = [n for n in PARAMS if not n.endswith('224')]
@@ -773,39 +670,6 @@ def test_timm_suite_beyond_its_size_limits(name, lifted, count, tmp_path):
     assert len(names) == count, run.stdout[-5000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('mix', [False, True], ids=['plain', 'mix_token_and_dense_labels'])
-def test_learns_the_digits(mix):
-    datasets = pytest.importorskip('sklearn.datasets')
-    digits = datasets.load_digits()
-    x = torch.from_numpy(digits.images).float()[:, None] / 16 - .5  # 1797 images, 8 x 8
-    x = F.interpolate(x, size=(32, 32), mode='bilinear', align_corners=False).expand(-1, 3, -1, -1)
-    y = torch.from_numpy(digits.target)
-    held_out = torch.arange(len(y)) % 5 == 0
-    x_train, y_train = x[~held_out], y[~held_out]
-    model = create_model('test_elsa_volo', img_size=32, num_classes=10, use_mix_token=mix).train()
-    epochs, batch = 20, 64
-    steps = len(y_train) // batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * steps)
-    for _ in range(epochs):
-        for index in torch.randperm(len(y_train))[:steps * batch].split(batch):
-            images, labels = x_train[index], y_train[index]
-            if mix:
-                loss = token_label_loss(model.forward_train(images), labels, labels[:, None, None].expand(-1, 4, 4))
-            else:
-                loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            optimizer.step()
-            schedule.step()
-    model.eval()
-    with torch.no_grad():
-        accuracy = (model(x[held_out]).argmax(dim=1) == y[held_out]).float().mean().item()
-    assert accuracy >= .97, accuracy
-
-
 def test_sizes_of_any_integral_type():
     model = small(img_size=np.int64(48), patch_size=np.int32(4), kernel_size=np.int64(3))
     assert model.patch_embed.img_size == (48, 48) and type(model.patch_embed.patch_size) is int
@@ -828,8 +692,3 @@ def test_targets_of_any_integer_type(dtype):
     target = torch.tensor([3, 7])
     loss = elsa_models.token_label_loss(output, target.to(dtype))
     assert torch.equal(loss, elsa_models.token_label_loss(output, target))
-
-
-def test_images_of_three_dimensions_are_refused():
-    with pytest.raises(ValueError, match=r'^x: got shape \[3, 64, 64\], must be images'):
-        small()(torch.zeros(3, 64, 64))

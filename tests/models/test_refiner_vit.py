@@ -26,7 +26,7 @@ import elsa_models
 from elsa_models import reestimate_batch_norm, token_label_loss
 from elsa_models.inspect import count_macs
 from elsa_models.layers.mixers.refined import MapAttention, RefinedAttention
-from elsa_models.models import RefinerVit, _token_labels
+from elsa_models.models import _token_labels
 from elsa_models.models.refiner_vit import to_own_names
 
 # parameters without and with aux head, GMACs without
@@ -588,10 +588,6 @@ def test_bad_arguments(kwargs, message):
         small(**kwargs)
 
 
-def test_class():
-    assert elsa_models.RefinerVit is RefinerVit
-
-
 # memory, and learning
 
 
@@ -618,36 +614,3 @@ def test_inference_keeps_no_expanded_map():
     with torch.no_grad(), Watch():
         model(torch.randn(1, 3, 320, 320))
     assert largest == 3 * size
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('mix', [False, True], ids=['plain', 'mix_token_and_dense_labels'])
-def test_learns_the_digits(mix):
-    datasets = pytest.importorskip('sklearn.datasets')
-    digits = datasets.load_digits()
-    x = torch.from_numpy(digits.images).float()[:, None] / 16 - .5  # 1797 images, 8 x 8
-    x = F.interpolate(x, size=(32, 32), mode='bilinear', align_corners=False).expand(-1, 3, -1, -1)
-    y = torch.from_numpy(digits.target)
-    held_out = torch.arange(len(y)) % 5 == 0
-    x_train, y_train = x[~held_out], y[~held_out]
-    model = create_model('test_refiner_vit', img_size=32, num_classes=10, use_mix_token=mix).train()
-    epochs, batch = 25, 64
-    steps = len(y_train) // batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * steps)
-    for _ in range(epochs):
-        for index in torch.randperm(len(y_train))[:steps * batch].split(batch):
-            images, labels = x_train[index], y_train[index]
-            if mix:
-                loss = token_label_loss(model.forward_train(images), labels, labels[:, None, None].expand(-1, 4, 4))
-            else:
-                loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            optimizer.step()
-            schedule.step()
-    model.eval()
-    with torch.no_grad():
-        accuracy = (model(x[held_out]).argmax(dim=1) == y[held_out]).float().mean().item()
-    assert accuracy >= .97, accuracy

@@ -2,10 +2,8 @@
 from functools import partial
 
 import pytest
-import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 
 from elsa_models.models import families
@@ -225,38 +223,4 @@ def test_scripts_traces_and_exports():
     torch.testing.assert_close(program.module()(x), want)
 
 
-@pytest.mark.parametrize('batch', [0, 1])
-def test_small_batches(batch):
-    assert build().eval()(torch.randn(batch, 3, 64, 64)).shape == (batch, 5)
-
-
 SMALL = [n for f in families() if issubclass(f.model_cls, MixerResNet) for n in f.model_names if n.startswith('test_')]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', SMALL)
-def test_learns_the_digits(name):
-    datasets = pytest.importorskip('sklearn.datasets')
-    digits = datasets.load_digits()
-    x = torch.from_numpy(digits.images).float()[:, None] / 16 - .5  # 1797 images, 8 x 8
-    x = F.interpolate(x, size=(32, 32), mode='bilinear', align_corners=False).expand(-1, 3, -1, -1)
-    y = torch.from_numpy(digits.target)
-    held_out = torch.arange(len(y)) % 5 == 0
-    x_train, y_train = x[~held_out], y[~held_out]
-    model = timm.create_model(name, img_size=32, num_classes=10).train()
-    epochs, batch = 12, 64
-    steps = len(y_train) // batch
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * steps)
-    for _ in range(epochs):
-        for index in torch.randperm(len(y_train))[:steps * batch].split(batch):
-            loss = F.cross_entropy(model(x_train[index]), y_train[index])
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            optimizer.step()
-            schedule.step()
-    model.eval()
-    with torch.no_grad():
-        accuracy = (model(x[held_out]).argmax(dim=1) == y[held_out]).float().mean().item()
-    assert accuracy >= .97, accuracy

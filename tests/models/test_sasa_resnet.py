@@ -2,7 +2,6 @@
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from helpers import assert_near
 from resnet_records import keyed_images, keyed_state_dict, record
 
@@ -153,30 +152,3 @@ def test_images_that_are_too_small(stem):
 def test_no_weights_are_known():
     with pytest.raises(WeightsError, match='no weights are known'):
         timm.create_model('sasa_resnet26', pretrained=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['test_sasa_resnet', 'test_keyonly'])
-def test_learns_the_digits(name):
-    datasets = pytest.importorskip('sklearn.datasets')
-    digits = datasets.load_digits()
-    x = torch.from_numpy(digits.images).float()[:, None] / 16 - .5  # 1797 images, 8 x 8
-    x = F.interpolate(x, size=(32, 32), mode='bilinear', align_corners=False).expand(-1, 3, -1, -1)
-    y = torch.from_numpy(digits.target)
-    held_out = torch.arange(len(y)) % 5 == 0
-    x_train, y_train = x[~held_out], y[~held_out]
-    model = timm.create_model(name, num_classes=10).train()
-    epochs, batch = 20, 64
-    steps = len(y_train) // batch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * steps)
-    for _ in range(epochs):
-        for index in torch.randperm(len(y_train))[:steps * batch].split(batch):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x_train[index]), y_train[index]).backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
-    with torch.no_grad():
-        accuracy = (model(x[held_out]).argmax(dim=1) == y[held_out]).float().mean().item()
-    assert accuracy >= .97, accuracy

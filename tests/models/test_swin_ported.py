@@ -18,15 +18,7 @@ from timm.models.swin_transformer import resolve_stage_window_sizes
 import elsa_models  # noqa: F401  registers the models
 
 IMG_SIZE = 224
-# both need a last stage of two blocks, the second of which shifts its windows where they do not cover the map
-SMALL_KWARGS = {
-    'test_elsa_swin': dict(img_size=IMG_SIZE, window_size=7, depths=(1, 1, 2, 2), num_classes=5),
-    'elsa_swin_tiny': dict(embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 1, 1, 1), num_classes=5),
-}
-MODELS = list(SMALL_KWARGS)
 NUM_STAGES = 4
-
-pytestmark = pytest.mark.parametrize('model_name', MODELS)
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +26,10 @@ def seed():
     torch.manual_seed(0)
 
 
-def _create(model_name, **kwargs):
-    return create_model(model_name, **dict(SMALL_KWARGS[model_name], **kwargs)).eval()
+def _create(**kwargs):
+    # a last stage of two blocks, the second of which shifts its windows where they do not cover the map
+    settings = dict(img_size=IMG_SIZE, window_size=7, depths=(1, 1, 2, 2), num_classes=5)
+    return create_model('test_elsa_swin', **dict(settings, **kwargs)).eval()
 
 
 def _window_blocks(model):
@@ -84,10 +78,10 @@ def _double(window_size):
 
 
 @pytest.mark.parametrize('window_size', [7, 4])
-def test_buffers_reinit_after_to_empty(model_name, window_size):
+def test_buffers_reinit_after_to_empty(window_size):
     # buffers that no checkpoint holds (relative position index, shift mask) are computed anew on request
-    model = _create(model_name, window_size=window_size)
-    empty = _create(model_name, window_size=window_size, device='meta').to_empty(device='cpu')
+    model = _create(window_size=window_size)
+    empty = _create(window_size=window_size, device='meta').to_empty(device='cpu')
     with torch.no_grad():
         for tensor in empty.buffers():
             tensor.fill_(float('nan') if tensor.is_floating_point() else 0)
@@ -99,30 +93,10 @@ def test_buffers_reinit_after_to_empty(model_name, window_size):
         torch.testing.assert_close(empty(x), model(x), rtol=0, atol=0)
 
 
-def test_init_weights_after_to_empty(model_name):
-    model = _create(model_name, device='meta', dtype=torch.float64)
-    assert all(p.device.type == 'meta' and p.dtype == torch.float64 for p in model.parameters())
-    model = model.to_empty(device='cpu')
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.fill_(float('nan') if tensor.is_floating_point() else 0)
-    model.init_weights()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        assert torch.isfinite(tensor).all(), name
-    x = torch.randn(1, 3, IMG_SIZE, IMG_SIZE, dtype=torch.float64)
-    with torch.no_grad():
-        output = model(x)
-        assert torch.isfinite(output).all()
-        # integer buffers were cleared as well, so a model built the ordinary way must agree
-        reference = _create(model_name, dtype=torch.float64)
-        reference.load_state_dict(model.state_dict())
-        torch.testing.assert_close(output, reference(x))
-
-
-def test_headless_checkpoint_reload(model_name):
+def test_headless_checkpoint_reload():
     # without a classifier it is still a checkpoint in timm's names, whatever the order of its entries
-    model = _create(model_name, num_classes=0)
-    reloaded = _create(model_name, num_classes=0)
+    model = _create(num_classes=0)
+    reloaded = _create(num_classes=0)
     state_dict = dict(sorted(model.state_dict().items()))
     reloaded.load_state_dict(_checkpoint_filter(model)(state_dict, reloaded))
     x = torch.randn(1, 3, IMG_SIZE, IMG_SIZE)
@@ -131,11 +105,11 @@ def test_headless_checkpoint_reload(model_name):
 
 
 @pytest.mark.parametrize('window_size', [7, (7, 9)])
-def test_non_square_checkpoint_reload(model_name, window_size):
+def test_non_square_checkpoint_reload(window_size):
     # at the size it was saved at, a checkpoint goes through the filter unchanged
     kwargs = dict(img_size=(224, 288), window_size=window_size)
-    model = _create(model_name, **kwargs)
-    reloaded = _create(model_name, **kwargs)
+    model = _create(**kwargs)
+    reloaded = _create(**kwargs)
     state_dict = _checkpoint_filter(model)(_state(model), reloaded)
     _assert_same_state(model, state_dict)
     reloaded.load_state_dict(state_dict)
@@ -144,11 +118,11 @@ def test_non_square_checkpoint_reload(model_name, window_size):
         torch.testing.assert_close(reloaded(x), model(x), rtol=0, atol=0)
 
 
-def test_checkpoint_filter_agrees_with_set_input_size(model_name):
+def test_checkpoint_filter_agrees_with_set_input_size():
     # weights may reach another resolution by either way: into a larger model, or in a model that then grows
-    model = _create(model_name)
+    model = _create()
     size = IMG_SIZE * 2
-    larger = _create(model_name, img_size=size, window_size=14)
+    larger = _create(img_size=size, window_size=14)
     larger.load_state_dict(_checkpoint_filter(model)(model.state_dict(), larger))
     model.set_input_size(img_size=(size, size))
     x = torch.randn(1, 3, size, size)
@@ -168,9 +142,9 @@ def test_checkpoint_filter_agrees_with_set_input_size(model_name):
 # change of the input size
 
 
-def test_non_square_resize_chain(model_name):
+def test_non_square_resize_chain():
     # each step starts from the table of the last one, which need not be square
-    model = _create(model_name)
+    model = _create()
     for size in [(224, 288), (288, 224), (224, 224)]:
         model.set_input_size(img_size=size)
         _assert_windows(model, (size[0] // 32, size[1] // 32))
@@ -178,25 +152,25 @@ def test_non_square_resize_chain(model_name):
             assert torch.isfinite(model(torch.randn(1, 3, *size))).all()
 
 
-def test_set_input_size(model_name):
+def test_set_input_size():
     # cast before the resize: the mask that the larger feature map needs must have the dtype of the model
-    model = _create(model_name, window_size=4).to(torch.bfloat16)
+    model = _create(window_size=4).to(torch.bfloat16)
     size = (IMG_SIZE * 2, IMG_SIZE * 2)
     model.set_input_size(img_size=size, window_size=4)
     assert _masks(model)
     for name, mask in _masks(model).items():
         assert mask.dtype == torch.bfloat16, name
     model = model.float()
-    expected = _create(model_name, img_size=size, window_size=4)
+    expected = _create(img_size=size, window_size=4)
     expected.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, *size)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected(x))
 
 
-def test_set_window_size(model_name):
+def test_set_window_size():
     # a smaller window on the same map: shifted blocks get a mask that they did not have
-    model = _create(model_name)
+    model = _create()
     assert not _masks(model)
     model.set_input_size(window_size=4)
     assert all(b.window_size == (4, 4) for _, b in _window_blocks(model))
@@ -205,13 +179,13 @@ def test_set_window_size(model_name):
         assert torch.isfinite(model(torch.randn(1, 3, IMG_SIZE, IMG_SIZE))).all()
 
 
-def test_always_partition(model_name):
+def test_always_partition():
     # windows shift even where one of them covers the whole map
-    model = _create(model_name)
+    model = _create()
     assert not any(any(b.shift_size) for _, b in _window_blocks(model))
     model.set_input_size(img_size=(IMG_SIZE, IMG_SIZE), always_partition=True)
     assert any(any(b.shift_size) for _, b in _window_blocks(model))
-    reference = _create(model_name, always_partition=True)
+    reference = _create(always_partition=True)
     assert _structure(model) == _structure(reference)
     reference.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, IMG_SIZE, IMG_SIZE)
@@ -225,8 +199,8 @@ def test_always_partition(model_name):
     (7, 7, 14, 4),
     ((7, 4), (14, 7), (7, 14), (4, 7)),
 ], ids=['default', 'uniform', 'per_stage', 'non_square'])
-def test_stage_windows(model_name, spec):
-    model = _create(model_name, **({} if spec is None else dict(window_size=spec)))
+def test_stage_windows(spec):
+    model = _create(**({} if spec is None else dict(window_size=spec)))
     spec = 7 if spec is None else spec
     _assert_windows(model, spec)
     x = torch.randn(1, 3, IMG_SIZE, IMG_SIZE)
@@ -245,7 +219,7 @@ def test_stage_windows(model_name, spec):
     # windows grow with the map: the model is the one that would have been built at that size
     size = (IMG_SIZE * 2, IMG_SIZE * 2)
     model.set_input_size(img_size=size)
-    reference = _create(model_name, img_size=size, window_size=_double(spec))
+    reference = _create(img_size=size, window_size=_double(spec))
     _assert_windows(model, _double(spec))
     assert _structure(model) == _structure(reference)
     reference.load_state_dict(model.state_dict())
@@ -257,7 +231,7 @@ def test_stage_windows(model_name, spec):
 
     # windows that are given hold as given, and later calls start from them
     windows = (14, 14, 28, 8)
-    reference = _structure(_create(model_name, img_size=size, window_size=windows))
+    reference = _structure(_create(img_size=size, window_size=windows))
     model.set_input_size(img_size=size, window_size=windows)
     _assert_windows(model, windows)
     assert _structure(model) == reference
@@ -266,21 +240,21 @@ def test_stage_windows(model_name, spec):
 
     # one ratio for all stages divides the patch grid
     model.set_input_size(img_size=(IMG_SIZE, IMG_SIZE), window_ratio=8)
-    assert _structure(model) == _structure(_create(model_name, window_size=7))
+    assert _structure(model) == _structure(_create(window_size=7))
 
 
 @pytest.mark.parametrize('as_type', [tuple, list])
-def test_window_ratios(model_name, as_type):
+def test_window_ratios(as_type):
     # ratios divide the patch grid, (64, 80) at this size, and outlive the call
     window_ratio = as_type((8, 8, 4, 16))
     windows = ((8, 10), (8, 10), (16, 20), (4, 5))
     turned = ((10, 8), (10, 8), (20, 16), (5, 4))
-    model = _create(model_name)
+    model = _create()
     model.set_input_size(img_size=(256, 320), window_ratio=window_ratio)
     for size, size_windows in [((256, 320), windows), ((320, 256), turned)]:
         model.set_input_size(img_size=size)
         _assert_windows(model, size_windows)
-        reference = _create(model_name, img_size=size, window_size=size_windows)
+        reference = _create(img_size=size, window_size=size_windows)
         assert _structure(model) == _structure(reference)
         reference.load_state_dict(model.state_dict())
         x = torch.randn(1, 3, *size)
@@ -298,8 +272,8 @@ def test_window_ratios(model_name, as_type):
     dict(window_size=(7, 7, 7)),
     dict(window_size=0),
 ], ids=str)
-def test_invalid_windows_change_nothing(model_name, kwargs):
-    model = _create(model_name)
+def test_invalid_windows_change_nothing(kwargs):
+    model = _create()
     state, structure = _state(model), _structure(model)
     x = torch.randn(1, 3, IMG_SIZE, IMG_SIZE)
     with torch.no_grad():
@@ -313,9 +287,9 @@ def test_invalid_windows_change_nothing(model_name, kwargs):
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
-def test_smallest_windows(model_name):
+def test_smallest_windows():
     # 32 x 32 pixels leave a single position in the last stage
-    model = _create(model_name)
+    model = _create()
     for size, kwargs in [((64, 64), dict(window_ratio=32)), ((32, 32), dict())]:
         model.set_input_size(img_size=size, **kwargs)
         assert all(w >= 1 for _, b in _window_blocks(model) for w in b.window_size)
@@ -323,9 +297,9 @@ def test_smallest_windows(model_name):
             assert torch.isfinite(model(torch.randn(1, 3, *size))).all()
 
 
-def test_resize_metadata(model_name):
+def test_resize_metadata():
     # a feature wrapper made before the resize reports the strides after it
-    model = _create(model_name, img_size=(64, 96), patch_size=2, window_size=4)
+    model = _create(img_size=(64, 96), patch_size=2, window_size=4)
     features = FeatureGetterNet(model, out_indices=(0, 1, 2, 3)).eval()
     for size, patch_size in [((64, 96), 2), ((96, 128), 4), ((64, 96), 2)]:
         model.set_input_size(img_size=size, patch_size=patch_size)
@@ -340,13 +314,13 @@ def test_resize_metadata(model_name):
         assert [tuple(o.shape[-2:]) for o in outputs] == [tuple(s // r for s in size) for r in reductions]
 
 
-def test_odd_stage_sizes(model_name):
+def test_odd_stage_sizes():
     # 232 x 248 gives 58 x 62, 29 x 31, 15 x 16 and 8 x 8: patch merging rounds up
-    model = _create(model_name, window_size=7)
+    model = _create(window_size=7)
     for size in [(232, 248), (248, 232), (224, 224)]:
         model.set_input_size(img_size=size, window_size=7)
-        reference = _create(model_name, img_size=size, window_size=7)
-        dynamic = _create(model_name, img_size=size, window_size=7, strict_img_size=False)
+        reference = _create(img_size=size, window_size=7)
+        dynamic = _create(img_size=size, window_size=7, strict_img_size=False)
         reference.load_state_dict(model.state_dict())
         dynamic.load_state_dict(model.state_dict())
         x = torch.randn(1, 3, *size)
@@ -360,9 +334,9 @@ def test_odd_stage_sizes(model_name):
             assert block.feat_size == grid_sizes[stage]
 
 
-def test_set_input_size_dtype(model_name):
+def test_set_input_size_dtype():
     # the patch projection that another patch size brings has the dtype of the model, and the same size is a no-op
-    model = _create(model_name).to(torch.bfloat16)
+    model = _create().to(torch.bfloat16)
     state = _state(model)
     model.set_input_size()
     _assert_same_state(model, state)
@@ -373,21 +347,21 @@ def test_set_input_size_dtype(model_name):
     assert output.dtype == torch.bfloat16 and output.shape == (1, 5)
 
 
-def test_dtype_change_after_forward(model_name):
+def test_dtype_change_after_forward():
     # nothing computed by the first forward may outlive the cast
-    model = _create(model_name, window_size=4, strict_img_size=False)
+    model = _create(window_size=4, strict_img_size=False)
     x = torch.randn(1, 3, IMG_SIZE, IMG_SIZE)
     with torch.no_grad():
         model(x)
         assert model.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
-        fresh = _create(model_name, window_size=4, strict_img_size=False).double()
+        fresh = _create(window_size=4, strict_img_size=False).double()
         fresh.load_state_dict(model.double().state_dict())
         torch.testing.assert_close(model(x.double()), fresh(x.double()), rtol=0, atol=0)
 
 
-def test_set_input_size_after_pruning(model_name):
+def test_set_input_size_after_pruning():
     # two stages are left, so there are two windows to give, none of them in use without the last stage
-    model = _create(model_name, img_size=(64, 96))
+    model = _create(img_size=(64, 96))
     model.prune_intermediate_layers(indices=[0, 1], prune_norm=True)
     for kwargs in [
         dict(window_size=4),
@@ -405,8 +379,8 @@ def test_set_input_size_after_pruning(model_name):
         model.set_input_size(window_size=(4, 4, 4, 4))
 
 
-def test_script_after_resize(model_name):
-    model = _create(model_name, img_size=(64, 96), window_size=(2, 3))
+def test_script_after_resize():
+    model = _create(img_size=(64, 96), window_size=(2, 3))
     first = torch.jit.script(model)
     for kwargs in [dict(window_ratio=(8, 8, 4, 8)), dict(window_size=2), dict(window_size=1)]:
         model.set_input_size(img_size=(96, 128), **kwargs)
@@ -425,8 +399,8 @@ def test_script_after_resize(model_name):
     assert not hasattr(first, 'set_input_size')
 
 
-def test_compile_recompiles_on_resize_only(model_name):
-    model = _create(model_name, img_size=(64, 96), window_size=(2, 3))
+def test_compile_recompiles_on_resize_only():
+    model = _create(img_size=(64, 96), window_size=(2, 3))
     graphs = []
 
     def _count(graph, example_inputs):
@@ -450,10 +424,10 @@ def test_compile_recompiles_on_resize_only(model_name):
 
 
 @pytest.mark.parametrize('img_size', [224, (224, 288)])
-def test_window_padding(model_name, img_size):
+def test_window_padding(img_size):
     # 7 x 7 and 7 x 9 are no multiples of 4: the mask made ahead must be the one made on the way
-    static = _create(model_name, img_size=img_size, window_size=4)
-    dynamic = _create(model_name, img_size=img_size, window_size=4, strict_img_size=False)
+    static = _create(img_size=img_size, window_size=4)
+    dynamic = _create(img_size=img_size, window_size=4, strict_img_size=False)
     dynamic.load_state_dict(static.state_dict())
     assert _masks(static)
     x = torch.randn(1, 3, *static.patch_embed.img_size)
@@ -462,9 +436,9 @@ def test_window_padding(model_name, img_size):
 
 
 @pytest.mark.parametrize('window_size', [7, 4])
-def test_dynamic_size_trace(model_name, window_size):
+def test_dynamic_size_trace(window_size):
     # traced at one size and run at another: no size may be frozen in the trace
-    model = _create(model_name, window_size=window_size, strict_img_size=False)
+    model = _create(window_size=window_size, strict_img_size=False)
     traced = torch.jit.trace(model, torch.randn(1, 3, IMG_SIZE, IMG_SIZE), check_trace=False)
     x = torch.randn(1, 3, 224, 320)
     with torch.no_grad():
@@ -475,8 +449,8 @@ def test_dynamic_size_trace(model_name, window_size):
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (3,), (0, 1, 2)])
-def test_features_script(model_name, out_indices):
-    model = _create(model_name, img_size=64, features_only=True, feature_cls='getter', out_indices=out_indices).eval()
+def test_features_script(out_indices):
+    model = _create(img_size=64, features_only=True, feature_cls='getter', out_indices=out_indices).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
@@ -484,20 +458,9 @@ def test_features_script(model_name, out_indices):
         torch.testing.assert_close(torch.jit.script(model)(x), expected)
 
 
-def test_feature_getter_matches_intermediates(model_name):
-    model = _create(model_name, img_size=96)
-    x = torch.randn(1, 3, 96, 96)
-    indices = (0, 1, 2)
-    with torch.no_grad():
-        expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
-        getter = FeatureGetterNet(model, out_indices=indices).eval()
-        torch.testing.assert_close(getter(x), expected, rtol=0, atol=0)
-        torch.testing.assert_close(torch.jit.script(getter)(x), expected)
-
-
-def test_features_fx_script(model_name):
+def test_features_fx_script():
     with set_scriptable(True):
-        model = _create(model_name, img_size=64, features_only=True, feature_cls='fx').eval()
+        model = _create(img_size=64, features_only=True, feature_cls='fx').eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         expected = model(x)
@@ -506,16 +469,16 @@ def test_features_fx_script(model_name):
     torch.testing.assert_close(outputs, expected)
 
 
-def test_feature_class_given_as_class(model_name):
+def test_feature_class_given_as_class():
     # options of the default wrapper that another one does not know are dropped, as for its name
-    model = _create(model_name, features_only=True, feature_cls=FeatureGetterNet)
+    model = _create(features_only=True, feature_cls=FeatureGetterNet)
     assert isinstance(model, FeatureGetterNet)
 
 
 @pytest.mark.parametrize('indices,prune_norm', [([0], False), ([3], False), ([0, 1, 2, 3], True)])
-def test_pruned_model_uses_all_parameters(model_name, indices, prune_norm):
+def test_pruned_model_uses_all_parameters(indices, prune_norm):
     # an idle parameter would stall distributed training
-    model = _create(model_name, img_size=96, drop_rate=0.5)
+    model = _create(img_size=96, drop_rate=0.5)
     x = torch.randn(2, 3, 96, 96)
     pruned = copy.deepcopy(model).train()
     take_indices = pruned.prune_intermediate_layers(indices, prune_norm=prune_norm)
@@ -530,9 +493,9 @@ def test_pruned_model_uses_all_parameters(model_name, indices, prune_norm):
         assert torch.equal(pruned(x), pruned(x))
 
 
-def test_stop_early_final_norm(model_name):
+def test_stop_early_final_norm():
     # the final norm follows the last stage, and no other
-    model = _create(model_name)
+    model = _create()
     with torch.no_grad():
         # fresh norm weights would hide a norm too many
         for p in model.norm.parameters():
@@ -545,8 +508,8 @@ def test_stop_early_final_norm(model_name):
             torch.testing.assert_close(selected[0], intermediates[0], rtol=0, atol=0)
 
 
-def test_forward_after_pruning(model_name):
-    model = _create(model_name, img_size=128)
+def test_forward_after_pruning():
+    model = _create(img_size=128)
     x = torch.randn(1, 3, 128, 128)
     for index in range(NUM_STAGES):
         pruned = copy.deepcopy(model)
@@ -561,8 +524,8 @@ def test_forward_after_pruning(model_name):
         assert not [n for n, p in pruned.named_parameters() if p.grad is None]
 
 
-def test_prune_last_feature(model_name):
-    model = _create(model_name, img_size=96)
+def test_prune_last_feature():
+    model = _create(img_size=96)
     x = torch.randn(1, 3, 96, 96)
     last = NUM_STAGES - 1
     with torch.no_grad():
@@ -590,14 +553,14 @@ def test_prune_last_feature(model_name):
 
 
 @pytest.mark.parametrize('feature_cls', [None, 'getter'])
-def test_features_grad_checkpointing_backward(model_name, feature_cls):
+def test_features_grad_checkpointing_backward(feature_cls):
     # how detectors train a backbone: recomputed activations give the same gradients
     kwargs = dict(img_size=64, features_only=True, **({} if feature_cls is None else dict(feature_cls=feature_cls)))
     x = torch.randn(2, 3, 64, 64)
     grads = []
     for grad_checkpointing in (False, True):
         torch.manual_seed(0)
-        model = _create(model_name, **kwargs).train()
+        model = _create(**kwargs).train()
         getattr(model, 'model', model).set_grad_checkpointing(grad_checkpointing)  # the getter wraps the model
         torch.manual_seed(1)
         sum(f.pow(2).mean() for f in model(x)).backward()
@@ -607,9 +570,9 @@ def test_features_grad_checkpointing_backward(model_name, feature_cls):
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
-def test_feature_hooks_grad_checkpointing(model_name):
+def test_feature_hooks_grad_checkpointing():
     # recomputation in backward fires the hooks again, which must not show in the next forward
-    model = _create(model_name, img_size=64, drop_path_rate=0., features_only=True, feature_cls='hook').train()
+    model = _create(img_size=64, drop_path_rate=0., features_only=True, feature_cls='hook').train()
     assert isinstance(model, FeatureHookNet)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -625,8 +588,8 @@ def test_feature_hooks_grad_checkpointing(model_name):
 # head
 
 
-def test_reset_classifier_keeps_pool(model_name):
-    model = _create(model_name, img_size=64, global_pool='max')
+def test_reset_classifier_keeps_pool():
+    model = _create(img_size=64, global_pool='max')
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(x), pre_logits=True)
@@ -638,8 +601,8 @@ def test_reset_classifier_keeps_pool(model_name):
         assert not torch.allclose(pooled, expected)
 
 
-def test_head_hidden_size(model_name):
-    model = _create(model_name, img_size=64, num_classes=0)
+def test_head_hidden_size():
+    model = _create(img_size=64, num_classes=0)
     x = torch.randn(2, 3, 64, 64)
 
     def _check_width(num_classes):
@@ -660,9 +623,9 @@ def test_head_hidden_size(model_name):
 
 
 @pytest.mark.parametrize('at_once', [True, False])
-def test_concat_pooling(model_name, at_once):
+def test_concat_pooling(at_once):
     # the mean and the maximum of each channel, and a classifier of twice the width
-    model = _create(model_name, img_size=64, **(dict(global_pool='catavgmax') if at_once else {}))
+    model = _create(img_size=64, **(dict(global_pool='catavgmax') if at_once else {}))
     if not at_once:
         model.reset_classifier(5, 'catavgmax')
     width = model.num_features
@@ -675,23 +638,3 @@ def test_concat_pooling(model_name, at_once):
 
 
 # the whole model
-
-
-def test_batch_consistency(model_name):
-    # an image's output does not depend on its neighbours in the batch
-    model = _create(model_name)
-    x = torch.randn(3, 3, IMG_SIZE, IMG_SIZE)
-    with torch.no_grad():
-        batched = model(x)
-        single = torch.cat([model(x[i:i + 1]) for i in range(x.shape[0])])
-    torch.testing.assert_close(batched, single, rtol=1e-4, atol=1e-5)
-
-
-def test_export(model_name):
-    model = _create(model_name, img_size=64)
-    x = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        expected = model(x)
-        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-        torch._dynamo.reset()
-        torch.testing.assert_close(torch.compile(model, backend='eager', fullgraph=True)(x), expected)
