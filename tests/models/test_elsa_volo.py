@@ -590,7 +590,7 @@ def test_layer_decay_groups_cover_the_model():
 
 
 def test_scripted_traced_and_compiled_models_take_any_size(fresh_compiler):
-    model = small(dynamic_img_size=True)
+    model = small(dynamic_img_size=True, layers=(1, 1, 1, 1))
     forms = [torch.jit.script(model), torch.fx.symbolic_trace(model)]
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend='eager')
     with torch.no_grad():
@@ -606,7 +606,7 @@ def test_scripted_traced_and_compiled_models_take_any_size(fresh_compiler):
 
 
 def test_exported_model_takes_any_size():
-    model = small(dynamic_img_size=True)
+    model = small(dynamic_img_size=True, layers=(1, 1, 1, 1))
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.export.export(
         model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},))
