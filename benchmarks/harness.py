@@ -3,6 +3,7 @@ import argparse
 import csv
 import ctypes
 import datetime
+import gc
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional
 
 import timm
 import torch
@@ -27,11 +28,15 @@ def keep_freed_memory() -> None:
     Otherwise it returns memory and fetches it anew, page by page, at each step of that side which happens to run first:
     5 % of the time of a model.
     """
-    mallopt = getattr(ctypes.CDLL(None) if os.name == 'posix' else None, 'mallopt', None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # of malloc.h
-        mallopt(trim_threshold, 2 ** 31 - 1)
-        mallopt(mmap_max, 0)
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    mallopt = _c_library('mallopt')
+    mallopt(trim_threshold, 2 ** 31 - 1)
+    mallopt(mmap_max, 0)
+
+
+def _c_library(name: str) -> Callable[..., Any]:
+    """A function of the C library, one that does nothing where it has none."""
+    return getattr(ctypes.CDLL(None) if os.name == 'posix' else None, name, lambda *args: None)
 
 
 def synchronize(device: str) -> None:
@@ -111,15 +116,29 @@ def peak_memory(script: str, spec: Dict, args: argparse.Namespace) -> float:
     return statistics.median(peaks)
 
 
-def print_peak_memory(make_step: Callable[[], Step], device: str) -> None:
-    """Print the MiB above what the process held before `make_step` built anything."""
-    before = 0. if device.startswith('cuda') else _resident('VmRSS')
+def print_peak_memory(make_step: Callable[[], Step], device: str, warm: Optional[Step] = None) -> None:
+    """Print the MiB above what the process held before `make_step` built anything.
+
+    With `warm`, a step that is made before that, the code of libraries and kernels that it loads does not count: what a
+    process pays once, whatever it computes.
+    """
+    if warm is not None:
+        warm()
+        gc.collect()
+        _c_library('malloc_trim')(0)  # else steps would take what compilers have left
+    if device.startswith('cuda'):
+        before = float(torch.cuda.memory_allocated()) / 2 ** 20 if warm is not None else 0.
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        if warm is not None:
+            Path('/proc/self/clear_refs').write_text('5')  # the peak so far
+        before = _resident('VmRSS')
     step = make_step()
     step()
     step()
     synchronize(device)
     if device.startswith('cuda'):
-        print(torch.cuda.max_memory_allocated() / 2 ** 20)
+        print(torch.cuda.max_memory_allocated() / 2 ** 20 - before)
     else:
         print(_resident('VmHWM') - before)
 

@@ -6,7 +6,8 @@
 The baseline `halo` is the model itself with `HaloAttn(block_size=1, halo_size=3)` of the same weights in each block;
 outputs must be equal before anything is timed. It is measured at 224 pixels alone, `halonet50ts` at 256, its own size.
 Sides are taken in turn, and a ratio is the median over runs of (ours / baseline). Peak memory is that of two steps in a
-process of its own, weights included. Rows go to results/sasa.csv.
+process of its own, weights included. `steps_mib` is the part of it that the steps take: above what the process holds
+with the model built and the code of libraries and kernels loaded, by a step at 64 pixels. Rows go to results/sasa.csv.
 """
 import argparse
 import json
@@ -62,14 +63,17 @@ class Halo(nn.Module):
         return self.halo(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def make_step(spec: dict, args: argparse.Namespace) -> harness.Step:
-    """A function that does the work to be measured: inference, or a training step."""
+def build(spec: dict, args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(MODEL if spec['side'] == 'halo' else spec['side'], zero_init_last=False)
     for block in model.modules():
         if spec['side'] == 'halo' and isinstance(getattr(block, 'self_attn', None), StandAloneSelfAttention):
             block.self_attn = Halo(block.self_attn)
-    model.to(args.device, getattr(torch, args.dtype)).train(spec['mode'] == 'train')
+    return model.to(args.device, getattr(torch, args.dtype)).train(spec['mode'] == 'train')
+
+
+def make_step(model: nn.Module, spec: dict, args: argparse.Namespace) -> harness.Step:
+    """A function that does the work to be measured: inference, or a training step."""
     images = torch.randn(spec['batch'], 3, spec['size'], spec['size'], generator=torch.Generator().manual_seed(0))
     images = images.to(args.device, getattr(torch, args.dtype))
     if spec['mode'] == 'infer':
@@ -94,7 +98,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     harness.keep_freed_memory()
     if args.memory_of:
-        harness.print_peak_memory(lambda: make_step(args.memory_of, args), args.device)
+        spec = args.memory_of
+        if spec.pop('steps'):
+            model = build(spec, args)
+            warm = make_step(model, dict(spec, size=64), args)
+            harness.print_peak_memory(lambda: make_step(model, spec, args), args.device, warm)
+        else:
+            harness.print_peak_memory(lambda: make_step(build(spec, args), spec, args), args.device)
         return
     for baseline in args.baseline:
         for mode in args.mode:
@@ -104,24 +114,29 @@ def main() -> None:
                     dict(side=MODEL, mode=mode, batch=batch, size=size),
                     dict(side=baseline, mode=mode, batch=batch, size=224 if baseline == MODEL else size),
                 ]
-                steps = [make_step(spec, args) for spec in specs]
+                steps = [make_step(build(spec, args), spec, args) for spec in specs]
                 if mode == 'infer' and baseline == 'halo':
                     torch.testing.assert_close(steps[0](), steps[1](), rtol=1e-3, atol=1e-4)
                 times = harness.interleave(steps, args.device, args.runs, 1, 0.)
                 del steps
-                memory = [harness.peak_memory(__file__, spec, args) for spec in specs]
+                memory, of_steps = (
+                    [harness.peak_memory(__file__, dict(spec, steps=steps), args) for spec in specs]
+                    for steps in (False, True))
                 medians = [statistics.median(t) for t in times]
                 row = dict(
                     **harness.describe_machine(args), mode=mode, batch=batch, img_size=size, model=MODEL,
                     baseline=f'{MODEL} at 224' if baseline == MODEL else baseline, runs=args.runs,
                     **harness.compare(*times), memory_ratio=f'{memory[0] / memory[1]:.3f}',
                     peak_mib=f'{memory[0]:.0f}', baseline_peak_mib=f'{memory[1]:.0f}',
+                    steps_memory_ratio=f'{of_steps[0] / of_steps[1]:.3f}', steps_mib=f'{of_steps[0]:.0f}',
+                    baseline_steps_mib=f'{of_steps[1]:.0f}',
                     ms=f'{1e3 * medians[0]:.1f}', baseline_ms=f'{1e3 * medians[1]:.1f}')
                 harness.append(args.results / 'sasa.csv', row)
                 print(
                     f'{MODEL} / {row["baseline"]}, {mode} batch {batch} at {size}: time {row["ratio"]} '
                     f'({row["ratio_p20"]} to {row["ratio_p80"]}; {row["ms"]} / {row["baseline_ms"]} ms), memory '
-                    f'{row["memory_ratio"]} ({row["peak_mib"]} / {row["baseline_peak_mib"]} MiB)', flush=True)
+                    f'{row["memory_ratio"]} ({row["peak_mib"]} / {row["baseline_peak_mib"]} MiB), of the steps '
+                    f'{row["steps_memory_ratio"]} ({row["steps_mib"]} / {row["baseline_steps_mib"]} MiB)', flush=True)
 
 
 if __name__ == '__main__':
