@@ -28,10 +28,11 @@ from timm.models import checkpoint, generate_default_cfgs, named_apply, register
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import get_init_weights_vit
+from torch.nn.utils import fuse_conv_bn_weights
 
 from ..layers import check_size, pad_map
-from ..layers.arguments import check_images, pair, whole_number
-from ..layers.mixers.refined import MapAttention, RefinedAttention
+from ..layers.arguments import check_images, is_plain, pair, whole_number
+from ..layers.mixers.refined import MapAttention, RefinedAttention, is_recorded
 from ..layers.sizes import resample_positions, sizes_are_open
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 from ._family import Family, register_family
@@ -182,10 +183,31 @@ class RefinerStem(nn.Module):
             check_size(H, W, self.img_size[0], self.img_size[1])
         p = self.patch_size
         x = pad_map(x.permute(0, 2, 3, 1), (H + p - 1) // p * p, (W + p - 1) // p * p).permute(0, 3, 1, 2)
-        x = self.act(self.bn1(self.conv1(x)))
-        x = self.act(self.bn2(self.conv2(x)))
-        x = self.act(self.bn3(self.conv3(x)))
+        if torch.jit.is_scripting():
+            x = self.act(self.bn1(self.conv1(x)))
+            x = self.act(self.bn2(self.conv2(x)))
+            x = self.act(self.bn3(self.conv3(x)))
+        else:
+            for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+                x = self.act(self._normalised(conv, bn, x))
         return self.proj(x).permute(0, 2, 3, 1)
+
+    @torch.jit.unused
+    def _normalised(self, conv: nn.Module, bn: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """`bn(conv(x))`. Inference folds them: the maps here are the largest of the model, and one less is kept."""
+        if not self._folds(conv, bn, x):
+            return bn(conv(x))
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+    @torch.jit.unused
+    def _folds(self, conv: nn.Module, bn: nn.Module, x: torch.Tensor) -> bool:
+        plain = is_plain(conv, nn.Conv2d) and is_plain(bn, nn.BatchNorm2d)
+        if not plain or torch.is_grad_enabled() or is_recorded(x):
+            return False
+        exact = conv.weight.dtype in (torch.float32, torch.float64)
+        return exact and not bn.training and bn.running_mean is not None
 
 
 class RefinerBlock(nn.Module):

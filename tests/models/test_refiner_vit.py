@@ -591,6 +591,29 @@ def test_bad_arguments(kwargs, message):
 # memory, and learning
 
 
+def test_stem_is_folded_in_inference():
+    model = small().double()
+    stem = model.patch_embed
+    for bn in (stem.bn1, stem.bn2, stem.bn3):
+        for x in (bn.weight.data, bn.bias.data, bn.running_mean):
+            x.add_(.3 * torch.randn_like(x))
+        bn.running_var.uniform_(.5, 2.)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    calls = []
+    stem.bn1.forward, plain = lambda x: calls.append(x.shape) or plain(x), stem.bn1.forward
+    expected = stem(images)
+    assert len(calls) == 1
+    with torch.no_grad():
+        assert_near(stem(images), expected, 1e-12)
+        assert len(calls) == 1  # none of the norms ran
+        stem.train()
+        stem(images)
+        assert len(calls) == 2
+        handle = stem.eval().bn1.register_forward_hook(lambda module, args, out: 2 * out)
+        assert max_error(stem(images), expected) > .01
+        handle.remove()
+
+
 def test_inference_keeps_no_expanded_map():
     """The largest tensor is a map of all heads."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -34,7 +34,7 @@ torch.fx.wrap('_at_least_float32')  # a leaf of symbolic traces, where tensors h
 
 
 @torch.jit.unused
-def _is_recorded(x: torch.Tensor) -> bool:
+def is_recorded(x: torch.Tensor) -> bool:
     """Whether operators are recorded rather than run: no strips, whose number depends on the size, and no counting."""
     return (
         isinstance(x, torch.fx.Proxy) or sizes_are_open() or x.device.type == 'meta'
@@ -125,7 +125,7 @@ class MapAttention(nn.Module):
     @torch.jit.unused
     def _takes_strips(self, x: torch.Tensor) -> bool:
         inference = self.lean and not self.training and not torch.is_grad_enabled()
-        return inference and not _is_recorded(x) and x.shape[0] > 0
+        return inference and not is_recorded(x) and x.shape[0] > 0
 
     def _attend(
             self,
@@ -221,7 +221,7 @@ class MapRefinement(nn.Module):
     @contextmanager
     def _counting_once(self, maps: torch.Tensor) -> Iterator[None]:
         """Leave running statistics as they are where checkpointing computes a block for the second time."""
-        if _is_recorded(maps) or not _is_recomputed():
+        if is_recorded(maps) or not _is_recomputed():
             yield
             return
         buffers = [(bn, dict(bn._buffers)) for bn in self._norms()]
@@ -244,7 +244,7 @@ class MapRefinement(nn.Module):
             norms: List[Norm] = []
             convs = self.expand, self.conv, self.reduce
             plain = all(is_plain(m, nn.Conv2d) for m in convs)
-            if self.lean and plain and not _is_recorded(maps) and maps.shape[0]:
+            if self.lean and plain and not is_recorded(maps) and maps.shape[0]:
                 norms = [norm for norm in (_norm_of(bn, maps.dtype) for bn in self._norms()) if norm is not None]
             if len(norms) < 4:
                 return torch.matmul(self(maps), value)
