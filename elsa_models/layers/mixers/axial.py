@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ...ops import axis_attention
 from ..arguments import check_map, is_plain, pair, whole_number
 from ..axis import by_pair, fit_table, lines_at_once
 from ..sizes import sizes_are_open
@@ -36,7 +37,7 @@ def _weights(
         rel_key: torch.Tensor,
 ) -> torch.Tensor:
     # q, k: S, num_heads, L, channels; rel_*: num_heads, channels, query, key
-    logits = q @ (k * qk_scale.to(k.dtype).view(-1, 1, 1)).transpose(-2, -1)  # S, num_heads, query, key
+    logits = q @ (k * qk_scale.view(-1, 1, 1)).transpose(-2, -1)  # S, num_heads, query, key
     logits += torch.einsum('snqc,ncqk->snqk', q, rel_query)
     logits += torch.einsum('snkc,ncqk->snqk', k, rel_key)
     return logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(q.dtype)
@@ -52,6 +53,7 @@ def axis_weights(
 ) -> torch.Tensor:
     """The weights (S, num_heads, L, L) of `attend_axis` by query and key."""
     q, k, _ = _heads(qkv, num_heads)
+    qk_scale = qk_scale.to(qkv.dtype)
     rel_query = by_pair(fit_table(rel_query, qkv.shape[1], beyond)).to(qkv.dtype)
     rel_key = by_pair(fit_table(rel_key, qkv.shape[1], beyond)).to(qkv.dtype)
     return _weights(q, k, qk_scale, rel_query, rel_key)
@@ -82,7 +84,8 @@ def attend_axis(
 ) -> torch.Tensor:
     """Attention of the pixels of each line to one another, with distances in logits and values.
 
-    This is `AxialLayer` with its norms in the arguments. Lines are taken a few at a time.
+    This is `AxialLayer` with its norms in the arguments. Lines are taken a few at a time; in inference on a CPU Numba's
+    kernels serve, where they can.
 
     Args:
         qkv: Queries, keys and values (S, L, 2 * C) of S lines: C / 2, C / 2 and C channels, head-major.
@@ -97,9 +100,14 @@ def attend_axis(
         (S, L, C).
     """
     S, L, _ = qkv.shape
-    rel_query = by_pair(fit_table(rel_query, L, beyond)).to(qkv.dtype)
-    rel_key = by_pair(fit_table(rel_key, L, beyond)).to(qkv.dtype)
-    rel_value = by_pair(fit_table(rel_value, L, beyond)).to(qkv.dtype)
+    rel_query = fit_table(rel_query, L, beyond).to(qkv.dtype)
+    rel_key = fit_table(rel_key, L, beyond).to(qkv.dtype)
+    rel_value = fit_table(rel_value, L, beyond).to(qkv.dtype)
+    qk_scale = qk_scale.to(qkv.dtype)
+    if not torch.jit.is_scripting():
+        if axis_attention.takes(qkv, qk_scale, rel_query, rel_key, rel_value):
+            return axis_attention.attend_lines(qkv, num_heads, qk_scale, rel_query, rel_key, rel_value)
+    rel_query, rel_key, rel_value = by_pair(rel_query), by_pair(rel_key), by_pair(rel_value)
     if not sizes_are_open():
         step = lines_at_once(L, num_heads, qkv.is_cuda)
         if S > step:
@@ -419,12 +427,12 @@ class AxialAttention(Mixer):
         """
         check_map(x, self.dim)
         B, H, W, C = x.shape
-        x = self.height(x.transpose(1, 2).reshape(B * W, H, C)).view(B, W, H, C)
+        x = self.height(x.transpose(1, 2).reshape(B * W, H, C).contiguous()).view(B, W, H, C)
         strided = self.stride > 1 and self.pool == 'stride'
         if strided:
             x = x[:, :, ::self.stride]
             H = x.shape[2]
-        x = self.width(x.transpose(1, 2).reshape(B * H, W, C)).view(B, H, W, C)
+        x = self.width(x.transpose(1, 2).reshape(B * H, W, C).contiguous()).view(B, H, W, C)
         if strided:
             x = x[:, :, ::self.stride].contiguous()
         elif self.stride > 1:
