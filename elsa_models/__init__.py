@@ -14,3 +14,10 @@ from .ops import (
     local_attention_reference,
     set_backend,
 )
+
+__all__ = [
+    'ElsaAttention', 'ElsaBlock', 'ElsaSwin', 'ElsaVolo', 'RefinerVit', 'WeightsError', '__version__',
+    'available_backends', 'explain_backend', 'export_onnx', 'get_backend', 'get_hub_namespace', 'load_weights',
+    'local_attention', 'local_attention_reference', 'models', 'reestimate_batch_norm', 'set_backend',
+    'set_hub_namespace', 'token_label_loss', 'warm_start',
+]

@@ -126,7 +126,7 @@ def test_an_index_can_show_the_readme():
 
 def test_what_is_packed(built):
     sdist, wheel = built
-    sources = {'elsa_command.py', *(str(p.relative_to(ROOT)) for p in PACKAGE.rglob('*.py'))}
+    sources = {'elsa_command.py', 'elsa_models/py.typed', *(str(p.relative_to(ROOT)) for p in PACKAGE.rglob('*.py'))}
     recipes = {str(p.relative_to(ROOT)) for p in (ROOT / 'configs').rglob('*.yaml')}
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if '.dist-info/' not in n}

@@ -22,3 +22,11 @@ from .stems import (
     PaddedPatchEmbed,
     PaddedPatchMerging,
 )
+
+__all__ = [
+    'AxialAttention', 'ConvDownsample', 'ElsaAttention', 'ElsaBlock', 'FocalAttention', 'GlobalSelfAttention',
+    'KeyOnlyAttention', 'LocalGlobalAttention', 'Mixer', 'MixerBlock', 'OverlapPatchEmbed', 'PaddedConvStem',
+    'PaddedDownsample', 'PaddedPatchEmbed', 'PaddedPatchMerging', 'StandAloneSelfAttention',
+    'UnifiedNeighbourhoodAttention', 'UnifiedWindowAttention', 'WindowAttention', 'check_size', 'pad_map',
+    'sizes_are_open',
+]

@@ -1,12 +1,18 @@
 """The pre-norm residual block around any mixer."""
-from typing import Optional, Type
+from typing import Any, List, Optional, Sequence, Type
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_
 
 from .mixers.elsa import ElsaAttention
 from .mixers.mixer import Mixer
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> List[List[float]]:
+    """Stochastic depth rates of the blocks of each stage, rising linearly from 0 at the first to `rate` at the last."""
+    rates: Any = calculate_drop_path_rates(rate, list(depths), stagewise=True)  # lists, or without stages numbers
+    return rates
 
 
 class MixerBlock(nn.Module):

@@ -13,5 +13,12 @@ from .mixer_swin import MixerSwin
 from .refiner_vit import RefinerVit
 from .sasa_resnet import SasaResNet
 
+__all__ = [
+    'AxialResNet', 'DEFAULT_MODEL', 'ElsaSwin', 'ElsaVolo', 'Family', 'FocalTransformer', 'GsaResNet',
+    'KeyOnlyResNet', 'LGTransformer', 'MixerSwin', 'RefinerVit', 'SMALL_MODEL', 'SasaResNet', 'TokenLabelModel',
+    'TokenLabelOutput', 'WarmStartReport', 'families', 'family_of', 'register_family', 'token_label_loss',
+    'warm_start',
+]
+
 # what is taken where none is named: for dense tasks, and to try things out
 DEFAULT_MODEL, SMALL_MODEL = 'elsa_swin_tiny', 'test_elsa_swin'

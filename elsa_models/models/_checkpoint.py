@@ -5,7 +5,7 @@ import pickle
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, ContextManager, Dict, Iterator, Optional, Sequence, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -15,6 +15,8 @@ from timm.models._builder import resolve_pretrained_cfg
 
 from ..layers.arguments import pair, whole_number
 from ._family import Family, arguments_of, family_by_file, family_of
+
+ModelT = TypeVar('ModelT', bound=nn.Module)
 
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # in a folder or repository, the first that exists
 _CONFIG_SOURCES = ('hf-hub', 'local-dir')  # of cfgs that timm read from a config.json
@@ -392,6 +394,7 @@ def _read_weights(
 ) -> Optional[Dict[str, Any]]:
     """The weights that a cfg stands for, or None where they are timm's to download (a plain url)."""
     if cfg.source == 'local-dir':
+        assert cfg.file is not None  # where timm puts the folder
         paths = [Path(cfg.file, name) for name in WEIGHT_FILES]
         return read_checkpoint(next((p for p in paths if p.is_file()), paths[0]))
     if cfg.source != 'hf-hub':
@@ -411,13 +414,13 @@ def _read_weights(
 
 
 def build_model(
-        model_cls: Type[nn.Module],
+        model_cls: Type[ModelT],
         variant: str,
         pretrained: bool = False,
         pretrained_cfg: Optional[Union[str, Dict[str, Any]]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         **kwargs,
-) -> nn.Module:
+) -> ModelT:
     """timm's `build_model_with_cfg`, with weights found by `set_weights_finder`'s and read by `read_checkpoint`.
 
     Args:
@@ -453,7 +456,7 @@ def build_model(
         def fit(_: Optional[Dict[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:
             return fit_weights(weights, model, filter_fn, _free_entries(model, cfg, features))
 
-        def construct(**model_kwargs) -> nn.Module:
+        def construct(**model_kwargs) -> ModelT:
             if source in _CONFIG_SOURCES:
                 fit(None, model_cls(**{**model_kwargs, 'device': 'meta'}))  # before any memory is taken
             return model_cls(**model_kwargs)
@@ -461,20 +464,21 @@ def build_model(
         # the weights reach the model through the filter: a cfg is copied together with what it holds
         in_memory = dataclasses.replace(cfg, state_dict={'weights': None}, source=None)
         model = _build(construct, variant, True, in_memory, fit, **kwargs)
-    model.pretrained_cfg.pop('state_dict')  # default_cfg is the same dict
+    model_cfg: Any = model.pretrained_cfg  # and default_cfg, the same dict
+    model_cfg.pop('state_dict')
     if cfg.source is not None:
-        model.pretrained_cfg['source'] = cfg.source
+        model_cfg['source'] = cfg.source
     return model
 
 
 def _build(
-        model_cls: Callable[..., nn.Module],
+        model_cls: Callable[..., ModelT],
         variant: str,
         pretrained: bool,
         cfg: PretrainedCfg,
         filter_fn: Optional[Callable],
         **kwargs,
-) -> nn.Module:
+) -> ModelT:
     # a registered model passes its tag as a string, an already resolved cfg as a dict of its fields
     return build_model_with_cfg(
         model_cls,

@@ -45,7 +45,7 @@ class Family:
     name: str
     module: str
     model_cls: Type[nn.Module]
-    filter_fn: Optional[Callable[[Dict[str, Any], nn.Module], StateDict]] = None
+    filter_fn: Optional[Callable[[Dict[str, Any], Any], StateDict]] = None
     to_own_names: Callable[[StateDict], StateDict] = _as_it_is
     is_authors: Callable[[StateDict], bool] = _never
     relatives: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def arguments_of(model_cls: Type[nn.Module]) -> Set[str]:
     """Names of a constructor's arguments, those included that `**kwargs` hand to the class it derives from."""
     names: Set[str] = set()
     for cls in model_cls.__mro__:
-        parameters = inspect.signature(cls.__init__).parameters.values() if '__init__' in vars(cls) else ()
+        parameters = inspect.signature(vars(cls)['__init__']).parameters.values() if '__init__' in vars(cls) else ()
         names.update(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         if parameters and all(p.kind != p.VAR_KEYWORD for p in parameters):
             break

@@ -121,15 +121,15 @@ def create_named(
         WeightsError: The weights cannot be had, or do not fit.
     """
     source = find_model(name)
-    if source.is_onnx:
+    if source.name is None:
         raise ModelError(f'model: got {str(name)!r}, an ONNX file, which cannot be changed or trained.')
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise ModelError(f'checkpoint: got {str(checkpoint)!r}, no such file.')
     file = checkpoint or source.checkpoint
     model_args = {**source.model_args, **model_args}
     if source.checkpoint is not None and num_classes is None:
-        num_classes = _num_classes(source)
-    overlay = None
+        num_classes = _num_classes(source.name, source.model_args, source.checkpoint)
+    overlay: Optional[Dict[str, Any]] = None
     if file is not None:
         overlay = dict(file=str(file))
         if num_classes is not None and (keep_classifier or checkpoint is None):
@@ -153,10 +153,10 @@ def create_named(
         raise WeightsError(f'{str(name)!r} could not be had. {explain_download(e)}'.rstrip('.') + '.') from e
 
 
-def _num_classes(source: ModelSource) -> Optional[int]:
+def _num_classes(name: str, model_args: Dict[str, Any], checkpoint: Path) -> Optional[int]:
     """Classes of the checkpoint of a run."""
-    model = timm.create_model(source.name, device='meta', **source.model_args)
-    classifier = model.default_cfg.get('classifier', ())
+    default_cfg: Any = timm.create_model(name, device='meta', **model_args).default_cfg
+    classifier = default_cfg.get('classifier', ())
     classifier = classifier if isinstance(classifier, str) else classifier[0]
-    weight = read_checkpoint(source.checkpoint).get(f'{classifier}.weight')
+    weight = read_checkpoint(checkpoint).get(f'{classifier}.weight')
     return None if weight is None else len(weight)

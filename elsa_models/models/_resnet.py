@@ -4,7 +4,7 @@ Names of parameters and everything after construction (features, pruning, classi
 What ByobNet does not do is done here: maps of odd sizes, sizes that follow the images, mixers of maps (B, H, W, C).
 """
 import re
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -13,13 +13,13 @@ from timm.layers import (
     ClassifierHead,
     ConvNormAct,
     DropPath,
-    calculate_drop_path_rates,
     make_divisible,
 )
 from timm.models._input import update_model_input_size
 from timm.models.byobnet import BottleneckBlock, ByobNet, LayerFn, Stem
 
 from ..layers.arguments import check_images, pair, whole_number
+from ..layers.block import drop_path_rates
 from ..layers.sizes import sizes_are_open
 from ._checkpoint import WeightsError
 
@@ -58,9 +58,9 @@ def join_qkv(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         if match is None:
             out[key] = x
         elif match.group(2) == 'q':
-            parts = [state_dict.get(f'{match.group(1)}{name}.weight') for name in 'qkv']
-            if all(part is not None for part in parts):
-                out[f'{match.group(1)}qkv.weight'] = torch.cat(parts).flatten(1)
+            names = [f'{match.group(1)}{name}.weight' for name in 'qkv']
+            if all(name in state_dict for name in names):
+                out[f'{match.group(1)}qkv.weight'] = torch.cat([state_dict[name] for name in names]).flatten(1)
     return out
 
 
@@ -131,6 +131,7 @@ class MixerBottleneck(nn.Module):
         if stride != 1 or in_chs != out_chs:
             self.shortcut = ConvNormAct(in_chs, out_chs, 1, stride=stride, apply_act=False, **dd)
         self.conv1_1x1 = ConvNormAct(in_chs, dim, 1, **dd)
+        self.self_attn: Any  # a mixer, with `reset_parameters`
         if mixer_strides:
             self.self_attn = mixer(dim, feat_size=feat_size, stride=stride, **dd)
         else:
@@ -227,7 +228,7 @@ class MixerResNet(ByobNet):
         layers = LayerFn(conv_norm_act=StemConv)
         self.stem = Stem(in_chans, stem_width, 7, pool='maxpool', num_rep=1, layers=layers, **dd)
         self.feature_info = [dict(num_chs=stem_width, reduction=2, module='stem.conv1', stage=0)]
-        drop_path = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        drop_path = drop_path_rates(drop_path_rate, depths)
         in_chs, reduction, stages = stem_width, 4, []
         sizes = self._feat_sizes(self.img_size, depths)
         for i, (factories, width) in enumerate(zip(mixers, widths)):
@@ -240,6 +241,7 @@ class MixerResNet(ByobNet):
                     bottle_ratio=bottle_ratio,
                     **dd,
                 )
+                block: nn.Module
                 if mixer is None:
                     block = BottleneckBlock(downsample='conv1x1', drop_path_rate=drop_path[i][j], **block_args)
                 else:
@@ -261,7 +263,8 @@ class MixerResNet(ByobNet):
         self.stage_ends = [f['stage'] for f in self.feature_info]
         self.num_features = in_chs
         self.final_conv = nn.Identity()
-        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head = head  # type: ignore[assignment]  # one of the two kinds of head that ByobNet has
         self.head_hidden_size = self.head.num_features
         self.init_weights(needs_reset=False)
 

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Ty
 
 import torch
 import torch.nn as nn
-from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype
+from timm.layers import ClassifierHead, PatchEmbed, get_device_dtype
 from timm.models import checkpoint_seq, named_apply
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -15,6 +15,7 @@ from timm.models.vision_transformer import get_init_weights_vit
 
 from ..layers import MixerBlock, PaddedPatchEmbed, PaddedPatchMerging
 from ..layers.arguments import pair, per_stage, whole_number
+from ..layers.block import drop_path_rates
 from ._family import arguments_of
 
 _int_or_pair = Union[int, Tuple[int, int]]
@@ -31,8 +32,8 @@ def stage_windows(window_size: Windows, num_stages: int) -> Tuple[Tuple[int, int
     Raises:
         ValueError: They are no positive whole numbers, or of another number of stages.
     """
-    is_list = isinstance(window_size, (list, tuple))
-    if not is_list or len(window_size) == 2 and not isinstance(window_size[0], (list, tuple)):
+    if not isinstance(window_size, (list, tuple)) or (
+            len(window_size) == 2 and not isinstance(window_size[0], (list, tuple))):
         window_size = (pair('window_size', window_size),) * num_stages
     return tuple([pair('window_size', w) for w in per_stage('window_size', window_size, num_stages)])
 
@@ -40,10 +41,11 @@ def stage_windows(window_size: Windows, num_stages: int) -> Tuple[Tuple[int, int
 def _downsampled(downsample: nn.Module, feat_size: Tuple[int, int]) -> Tuple[int, int]:
     """Height and width of a map after a downsampling, which may say so itself and else rounds up."""
     if isinstance(downsample, nn.Identity):
-        return tuple(feat_size)
-    if hasattr(downsample, 'output_size'):
-        return downsample.output_size(feat_size)
-    return tuple([(s + 1) // 2 for s in feat_size])
+        return feat_size
+    output_size = getattr(downsample, 'output_size', None)
+    if output_size is not None:
+        return output_size(feat_size)
+    return (feat_size[0] + 1) // 2, (feat_size[1] + 1) // 2
 
 
 class MixerStage(nn.Module):
@@ -95,8 +97,9 @@ class MixerStage(nn.Module):
         """
         self.input_resolution = feat_size
         for block in self.blocks:
-            if hasattr(block, 'set_input_size'):
-                block.set_input_size(self.output_resolution, window_size, always_partition)
+            set_input_size = getattr(block, 'set_input_size', None)
+            if set_input_size is not None:
+                set_input_size(self.output_resolution, window_size, always_partition)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, C) to the stage's resolution and channels."""
@@ -134,7 +137,7 @@ class SwinLike(nn.Module):
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            embed_layer: Callable[..., nn.Module] = PaddedPatchEmbed,
+            embed_layer: Callable[..., PatchEmbed] = PaddedPatchEmbed,
             downsample_layer: Callable[..., nn.Module] = PaddedPatchMerging,
             block_layer: Union[Callable[..., nn.Module], Sequence[Callable[..., nn.Module]]] = MixerBlock,
             norm_layer: Type[nn.Module] = nn.LayerNorm,
@@ -203,11 +206,12 @@ class SwinLike(nn.Module):
         )
         # set_input_size() scales the windows with the patch grid
         self._ref_window_sizes = None if window_size is None else stage_windows(window_size, num_stages)
-        self._ref_grid_size = resolution = tuple(self.patch_embed.grid_size)
+        H, W = self.patch_embed.grid_size
+        self._ref_grid_size = resolution = (H, W)
 
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path = drop_path_rates(drop_path_rate, depths)
         layers = []
-        self.feature_info = []
+        self.feature_info: List[Dict[str, Any]] = []
         for i in range(num_stages):
             dim = embed_dim * 2 ** i
             downsample = downsample_layer(dim // 2, dim, norm_layer=norm_layer, **dd) if i > 0 else nn.Identity()
@@ -245,6 +249,10 @@ class SwinLike(nn.Module):
             self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
+    def _stages(self) -> List[MixerStage]:
+        return [module for module in self.layers.modules() if isinstance(module, MixerStage)]
+
+    @torch.jit.ignore
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
         """Initialise the model: linear layers as Swin's authors do, mixers as they say.
 
@@ -276,7 +284,7 @@ class SwinLike(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations twice instead of keeping them."""
-        for stage in self.layers:
+        for stage in self._stages():
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -330,36 +338,35 @@ class SwinLike(nn.Module):
             raise ValueError(
                 f'always_partition: got {always_partition!r}, must be None for {type(self).__name__}, with no such '
                 f'argument.')
+        windows: Optional[Tuple[Tuple[int, int], ...]] = None
+        ratios: List[int] = []
         if window_size is not None:
-            window_size = stage_windows(window_size, num_stages)
+            windows = stage_windows(window_size, num_stages)
         elif window_ratio is not None:
-            ratios = per_stage('window_ratio', window_ratio, num_stages)
-            window_ratio = tuple([whole_number('window_ratio', r) for r in ratios])
+            ratios = [whole_number('window_ratio', r) for r in per_stage('window_ratio', window_ratio, num_stages)]
         if img_size is not None or patch_size is not None:
             self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
         if patch_size is not None:
             for i, info in enumerate(self.feature_info):
                 info['reduction'] = max(self.patch_embed.patch_size) * 2 ** i
-        grid = tuple(self.patch_embed.grid_size)
+        H, W = self.patch_embed.grid_size
 
-        windows = window_size
-        if windows is None and window_ratio is not None:
-            windows = tuple([tuple([max(1, g // r) for g in grid]) for r in window_ratio])
+        if ratios:
+            windows = tuple([(max(1, H // r), max(1, W // r)) for r in ratios])
         if windows is not None:
-            self._ref_window_sizes, self._ref_grid_size = windows, grid  # later calls scale these
-        elif windowed and not self.scales_windows:
+            self._ref_window_sizes, self._ref_grid_size = windows, (H, W)  # later calls scale these
+        elif self._ref_window_sizes is not None and self.scales_windows:
+            ref_h, ref_w = self._ref_grid_size
+            windows = tuple([(max(1, h * H // ref_h), max(1, w * W // ref_w)) for h, w in self._ref_window_sizes])
+        else:
             windows = self._ref_window_sizes
-        elif windowed:
-            windows = tuple([
-                tuple([max(1, w * g // r) for w, g, r in zip(ws, grid, self._ref_grid_size)])
-                for ws in self._ref_window_sizes])
 
-        resolution = grid
-        for i, stage in enumerate(self.layers):
-            stage.set_input_size(resolution, windows[i] if windowed else None, always_partition)
+        resolution = (H, W)
+        for i, stage in enumerate(self._stages()):
+            stage.set_input_size(resolution, None if windows is None else windows[i], always_partition)
             resolution = stage.output_resolution
         # for models that are built anew
-        further = dict(window_size=windows, always_partition=always_partition) if windowed else {}
+        further: Dict[str, Any] = dict(window_size=windows, always_partition=always_partition) if windowed else {}
         update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size, **further)
 
     def forward_intermediates(

@@ -26,7 +26,8 @@ def _draw_box(B: int, h: int, w: int, beta: float) -> Box:
         raise ValueError(
             f'x: got a batch of {B}, must be at least 2 images for MixToken. Drop the last batch, or set '
             f'use_mix_token=False.')
-    return rand_bbox((B, h, w), torch.distributions.Beta(beta, beta).sample())
+    share = torch.distributions.Beta(beta, beta).sample()
+    return rand_bbox((B, h, w), share)  # type: ignore[arg-type]  # declared a float, and handed to torch.sqrt
 
 
 def _swap_box(x: torch.Tensor, box: Box, scale: int = 1) -> torch.Tensor:
@@ -42,11 +43,23 @@ class TokenLabelModel(nn.Module):
 
     They give maps (B, H, W, C) by `patch_embed` and normalised tokens, the class token first, by `forward_patches`.
     """
+    patch_embed: nn.Module
+    head: nn.Module  # classifier of the class token
+    head_drop: nn.Module
+    global_pool: str
     mix_token: bool  # mix the images of a batch
     beta: float  # the mixed share is drawn from Beta(beta, beta)
     pooling_scale: int  # patches per side of a token
     use_aux_head: bool  # as asked for; there is no aux_head without classes
     aux_head: Optional[nn.Module]
+
+    def forward_patches(self, x: torch.Tensor) -> torch.Tensor:
+        """Map patches (B, H, W, C) to normalised tokens (B, 1 + N, C'), the class token first."""
+        raise NotImplementedError
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Map tokens (B, 1 + N, C) to logits (B, num_classes), or to what the classifier takes."""
+        raise NotImplementedError
 
     @torch.jit.ignore
     def forward_train(self, x: torch.Tensor) -> TokenLabelOutput:

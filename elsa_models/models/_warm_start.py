@@ -74,7 +74,7 @@ class WarmStartReport:
         """The names of entries, with modules in place of what is all of their entries."""
         groups = (self.copied, self.resized, self.left, self.silenced)
         others = [n for g in groups if g is not entries for n in g]
-        names = {}
+        names: Dict[str, None] = {}
         for name in entries:
             parts = name.split('.')
             prefixes = ['.'.join(parts[:i]) for i in range(1, len(parts))]
@@ -174,13 +174,14 @@ def warm_start(
     label, found = _read_source(source, use_ema)
     found = family.to_own_names(found)
     own = model.state_dict()
-    for argument, entries in (('model', own), ('source', found)):
-        if any(x.is_meta for x in entries.values()):
+    for argument, state_dict in (('model', own), ('source', found)):
+        if any(x.is_meta for x in state_dict.values()):
             raise ValueError(f'{argument}: is on the meta device, which holds no values. Create it on another device.')
 
     # attentions of which only one side has the marks share names, but nothing that has the same meaning
     replaced = tuple({p for p, _ in _marked(own, family.marks) ^ _marked(found, family.marks)})
-    entries, resized = {}, set()
+    entries: Dict[str, torch.Tensor] = {}
+    resized: Set[str] = set()
     for name, target in own.items():
         if name not in found or name.startswith(replaced):
             continue
@@ -193,7 +194,8 @@ def warm_start(
             if x is not original:
                 resized.add(name)
 
-    stages = model.feature_info[0]['module'].partition('.')[0] + '.'
+    feature_info: Any = model.feature_info
+    stages = feature_info[0]['module'].partition('.')[0] + '.'
     if not any(name.startswith(stages) for name in entries):
         different = [k for k in own if k in found and k.startswith(stages) and not k.startswith(replaced)]
         reason = f'none of its entries is named {stages}*, as in {type(model).__name__}'
@@ -202,7 +204,7 @@ def warm_start(
             reason = f'{k!r} has shape {tuple(found[k].shape)} there and {tuple(own[k].shape)} in the model'
         raise ValueError(f'source: {label!r} has nothing in common with the stages of the model: {reason}.')
     _check_family(label, found, model, replaced)
-    silenced = set()
+    silenced: Set[str] = set()
     if family.silenced is not None:
         silenced = {k for k in own if k not in found and re.search(family.silenced, k)}
         entries.update({k: torch.zeros_like(own[k]) for k in silenced})

@@ -185,7 +185,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     for name, x in out.items():
         if name.endswith(_TABLES):
             check_table(name, x, x.shape[-1])
-            layer = model.get_submodule(name.rpartition('.')[0])
+            layer: Any = model.get_submodule(name.rpartition('.')[0])
             out[name] = fit_table(x, (targets[name].shape[-1] + 1) // 2, layer.beyond)
     return out
 

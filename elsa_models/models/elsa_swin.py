@@ -109,7 +109,7 @@ class ElsaSwin(SwinLike):
         kernel_size = per_stage('kernel_size', kernel_size, num_stages)
         dilation = per_stage('dilation', dilation, num_stages)
         window_size = stage_windows(window_size, num_stages)
-        args = dict(qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
+        args: Dict[str, Any] = dict(qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
         elsa_args = dict(group_width=group_width, lam=lam, gamma=gamma, qk_scale=qk_scale, **args)
         window_args = dict(
             always_partition=always_partition,

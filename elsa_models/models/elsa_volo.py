@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple, Type, Union
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, get_device_dtype, resample_abs_pos_embed_nhwc, trunc_normal_
+from timm.layers import get_device_dtype, resample_abs_pos_embed_nhwc, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -23,6 +23,7 @@ from timm.models.volo import ClassBlock, Transformer
 
 from ..layers import ElsaBlock, PaddedConvStem, PaddedDownsample
 from ..layers.arguments import per_stage, whole_number
+from ..layers.block import drop_path_rates
 from ..layers.sizes import resample_positions
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
 from ._family import Family, register_family
@@ -165,7 +166,7 @@ class ElsaVolo(TokenLabelModel):
         self.pooling_scale = 2 ** sum(downsamples)
         self.grad_checkpointing = False
 
-        self.patch_embed = PaddedConvStem(
+        self.patch_embed: PaddedConvStem = PaddedConvStem(
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,
@@ -177,15 +178,15 @@ class ElsaVolo(TokenLabelModel):
         )
 
         # VOLO spares its first stage stochastic depth; the rates of both kinds rise over all blocks
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(layers), stagewise=True)
-        local_drop_path = calculate_drop_path_rates(local_drop_path_rate, list(layers), stagewise=True)
-        network = []
+        drop_path = drop_path_rates(drop_path_rate, layers)
+        local_drop_path = drop_path_rates(local_drop_path_rate, layers)
+        network: List[nn.Module] = []
         self.stage_ends = []
         self.feature_info = []
         self._reductions = []  # in patches, of each stage
         first_global = local_stages.index(False)
         for i in range(num_stages):
-            block_args = dict(
+            block_args: Dict[str, Any] = dict(
                 dim=embed_dims[i],
                 num_heads=num_heads[i],
                 mlp_ratio=mlp_ratio[i],
@@ -195,8 +196,9 @@ class ElsaVolo(TokenLabelModel):
             )
             if i == first_global:
                 self.pos_index = len(network)
+            blocks: List[nn.Module]
             if local_stages[i]:
-                elsa_args = dict(
+                elsa_args: Dict[str, Any] = dict(
                     kernel_size=kernel_size[i],
                     dilation=dilation[i],
                     group_width=group_width,
@@ -376,6 +378,7 @@ class ElsaVolo(TokenLabelModel):
 
     def forward_cls(self, x: torch.Tensor) -> torch.Tensor:
         """Put the class token before tokens (B, N, C) and let it attend to them: (B, 1 + N, C)."""
+        assert self.cls_token is not None and self.post_network is not None
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         for block in self.post_network:
             if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -8,7 +8,7 @@ surround and pooled windows around them. Written from a description of the autho
 import math
 import re
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -116,7 +116,7 @@ class FocalTransformer(SwinLike):
                 'shrink_window: got True together with dynamic_img_size, must be False: parameters depend on the image '
                 'size with the one, and not with the other.')
         full = [(w, e) for (w, _), e in zip(windows, expand_sizes)]
-        args = dict(wrap=wrap, qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
+        args: Dict[str, Any] = dict(wrap=wrap, qkv_bias=qkv_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)
 
         def mixer(stage: int, dim: int, num_heads: int, index: int, feat_size: Tuple[int, int], **dd) -> FocalAttention:
             window, expand = _shrink(*full[stage], feat_size) if shrink_window else full[stage]
@@ -149,7 +149,12 @@ class FocalTransformer(SwinLike):
 
         self.shrink_window = shrink_window
         self._full_windows = full
-        self._ref_window_sizes = tuple([stage.blocks[0].attn.window_size for stage in self.layers])
+        self._ref_window_sizes = tuple([attn.window_size for attn in self._first_attentions()])
+
+    @torch.jit.ignore
+    def _first_attentions(self) -> List[FocalAttention]:
+        """The first of each stage, whose windows are those of all."""
+        return [next(m for m in stage.modules() if isinstance(m, FocalAttention)) for stage in self.layers]
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -175,17 +180,17 @@ class FocalTransformer(SwinLike):
             ValueError: A value is none of those above, windows with a surround were to change, whose table cannot be
                 resampled, or with shrink_window those for the new size are others. Nothing has changed then.
         """
-        attns = [stage.blocks[0].attn for stage in self.layers]
+        attns = self._first_attentions()
         if window_size is not None:
-            for attn, window in zip(attns, stage_windows(window_size, len(attns))):
-                attn.check_window_size(window)
+            for attn, sides in zip(attns, stage_windows(window_size, len(attns))):
+                attn.check_window_size(sides)
         if self.shrink_window:
             if window_size is not None:
                 raise ValueError(f'window_size: got {window_size}, must be None with shrink_window.')
             sides = self.patch_embed.img_size if img_size is None else pair('img_size', img_size)
             patch = self.patch_embed.patch_size if patch_size is None else pair('patch_size', patch_size)
-            feat_size = tuple([(s + p - 1) // p for s, p in zip(sides, patch)])
-            for attn, stage, full in zip(attns, self.layers, self._full_windows):
+            feat_size = ((sides[0] + patch[0] - 1) // patch[0], (sides[1] + patch[1] - 1) // patch[1])
+            for attn, stage, full in zip(attns, self._stages(), self._full_windows):
                 feat_size = stage.output_size(feat_size)
                 window, expand = _shrink(*full, feat_size)
                 if (window, expand) != (attn.window_size[0], attn.expand_size):

@@ -92,7 +92,7 @@ def fit_tables(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
     for name, x in state_dict.items():
         if name.endswith(('.rel_col', '.rel_row')):
             check_table(name, x, x.shape[0])
-            mixer = model.get_submodule(name.rpartition('.')[0])
+            mixer: Any = model.get_submodule(name.rpartition('.')[0])
             out[name] = fit_positions(x, (targets[name].shape[0] + 1) // 2, mixer.beyond)
     return out
 

@@ -98,7 +98,7 @@ class LGTransformer(SwinLike):
         num_stages = len(depths)
         windows = stage_windows(window_size, num_stages)
         ratios = per_stage('ratios', ratios, num_stages)
-        args = dict(
+        args: Dict[str, Any] = dict(
             pool=pool,
             upsample=upsample,
             global_path=global_path,

@@ -19,7 +19,6 @@ from timm.layers import (
     DropPath,
     LayerScale,
     Mlp,
-    calculate_drop_path_rates,
     get_device_dtype,
     resample_patch_embed,
     trunc_normal_,
@@ -32,6 +31,7 @@ from torch.nn.utils import fuse_conv_bn_weights
 
 from ..layers import check_size, pad_map
 from ..layers.arguments import check_images, is_plain, pair, whole_number
+from ..layers.block import drop_path_rates
 from ..layers.mixers.refined import MapAttention, RefinedAttention, is_recorded
 from ..layers.sizes import resample_positions, sizes_are_open
 from ._checkpoint import build_model, check_keys, fit_positions, unwrap
@@ -195,14 +195,15 @@ class RefinerStem(nn.Module):
     @torch.jit.unused
     def _normalised(self, conv: nn.Module, bn: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """`bn(conv(x))`. Inference folds them: the maps here are the largest of the model, and one less is kept."""
-        if not self._folds(conv, bn, x):
+        if not isinstance(conv, nn.Conv2d) or not isinstance(bn, nn.BatchNorm2d) or not self._folds(conv, bn, x):
             return bn(conv(x))
+        assert bn.running_mean is not None and bn.running_var is not None
         weight, bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
     @torch.jit.unused
-    def _folds(self, conv: nn.Module, bn: nn.Module, x: torch.Tensor) -> bool:
+    def _folds(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, x: torch.Tensor) -> bool:
         plain = is_plain(conv, nn.Conv2d) and is_plain(bn, nn.BatchNorm2d)
         if not plain or torch.is_grad_enabled() or is_recorded(x):
             return False
@@ -366,11 +367,11 @@ class RefinerVit(TokenLabelModel):
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
 
-        self.patch_embed = RefinerStem(
+        self.patch_embed: RefinerStem = RefinerStem(
             img_size=img_size,
             patch_size=patch_size,
             in_chans=in_chans,
-            hidden_dims=tuple(stem_dims),
+            hidden_dims=stem_dims,
             embed_dim=embed_dim,
             strict_img_size=strict_img_size,
             **dd,
@@ -381,7 +382,8 @@ class RefinerVit(TokenLabelModel):
 
         attn_args = dict(dim=embed_dim, num_heads=num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop_rate, **dd)
         blocks = []
-        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+        for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0]):
+            attn: nn.Module
             if i % 2 == 0:
                 attn = MapAttention(attn_drop=attn_drop_rate, **attn_args)
             else:
@@ -520,7 +522,7 @@ class RefinerVit(TokenLabelModel):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         """Map patches (B, H, W, C) to tokens (B, 1 + H * W, C) with positions, the class token first."""
         B, H, W, C = x.shape
-        pos_embed = self.pos_embed
+        pos_embed: torch.Tensor = self.pos_embed
         if self.dynamic_img_size:
             grid_h, grid_w = self.patch_embed.grid_size
             pos_embed = resample_tokens(pos_embed, grid_h, grid_w, H, W, self.pos_interpolation)
@@ -533,7 +535,7 @@ class RefinerVit(TokenLabelModel):
             start: int,
             x: torch.Tensor,
             maps: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         for block in self.blocks[start:start + 2]:
             x, maps = block(x, maps)
         return x, maps
@@ -636,7 +638,7 @@ class RefinerVit(TokenLabelModel):
             if i in take_indices:
                 intermediates.append(self.norm(x) if norm else x)
                 if not torch.jit.is_scripting() and return_attention:
-                    attentions.append(block.attn.refine(maps) if i % 2 else maps)
+                    attentions.append(_applied_maps(block, maps))
 
         prefix_tokens = [y[:, :1] for y in intermediates]
         intermediates = [y[:, 1:] for y in intermediates]
@@ -646,7 +648,7 @@ class RefinerVit(TokenLabelModel):
             columns = [intermediates]
             columns += [prefix_tokens] if return_prefix_tokens else []
             columns += [attentions] if return_attention else []
-            intermediates = list(zip(*columns))
+            intermediates = _rows(columns)
         if intermediates_only:
             return intermediates
         return self.norm(x), intermediates
@@ -675,6 +677,17 @@ class RefinerVit(TokenLabelModel):
         if prune_head:
             self.reset_classifier(0, '')
         return take_indices
+
+
+def _applied_maps(block: nn.Module, maps: torch.Tensor) -> torch.Tensor:
+    """What a block applied to its values, of the maps that it handed on: in every second one these refined."""
+    refine = getattr(block.attn, 'refine', None)
+    return maps if refine is None else refine(maps)
+
+
+def _rows(columns: List[List[torch.Tensor]]) -> List[Any]:
+    """Tuples, each of one entry of every column."""
+    return list(zip(*columns))
 
 
 def _warn_of_statistics(before: int, after: int) -> None:
@@ -725,7 +738,8 @@ def _source_grid(num_patches: int, model: RefinerVit) -> Optional[Tuple[int, int
     p = model.patch_embed.patch_size
     grids = [model.patch_embed.grid_size]
     if size is not None:
-        grids.insert(0, tuple([(s + p - 1) // p for s in pair('img_size', size)]))
+        h, w = pair('img_size', size)
+        grids.insert(0, ((h + p - 1) // p, (w + p - 1) // p))
     for grid in grids:
         if grid[0] * grid[1] == num_patches:
             return grid
@@ -733,7 +747,7 @@ def _source_grid(num_patches: int, model: RefinerVit) -> Optional[Tuple[int, int
     return (side, side) if side * side == num_patches else None
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: RefinerVit) -> Dict[str, torch.Tensor]:
     """Fit a checkpoint, ours or the authors', to the model's names and input size.
 
     Positions are resampled to the model's grid, as its pos_interpolation says, and the patch embedding to its patch

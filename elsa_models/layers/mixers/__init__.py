@@ -9,3 +9,9 @@ from .mixer import Mixer
 from .sasa import StandAloneSelfAttention
 from .unified import UnifiedNeighbourhoodAttention, UnifiedWindowAttention
 from .window import WindowAttention
+
+__all__ = [
+    'AxialAttention', 'ElsaAttention', 'FocalAttention', 'GlobalSelfAttention', 'KeyOnlyAttention',
+    'LocalGlobalAttention', 'Mixer', 'StandAloneSelfAttention', 'UnifiedNeighbourhoodAttention',
+    'UnifiedWindowAttention', 'WindowAttention',
+]
