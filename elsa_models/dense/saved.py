@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, Optional, Tuple, Union
 import safetensors.torch
 import torch.nn as nn
 
-from ..models._checkpoint import WeightsError
+from ..models._checkpoint import WeightsError, read_checkpoint
 
 _CONFIG, _WEIGHTS = 'config.json', 'model.safetensors'
 
@@ -34,7 +34,7 @@ def load_model(
     """Load what `save_model` has written.
 
     Args:
-        folder: Folder of a run, or of its model, with `local-dir:` before it or not.
+        folder: Folder of a run, or of its model, with `local-dir:` before it or not; or a checkpoint of a finished run.
         task: What 'task' must be in its config.
         build: Makes the model from its config, without weights.
 
@@ -44,10 +44,8 @@ def load_model(
     Raises:
         WeightsError: There is no such model, it is of another task, or files do not fit each other.
     """
-    text = str(folder)
-    folder = Path(text.partition(':')[2] if text.startswith('local-dir:') else text)
-    if (folder / 'model' / _CONFIG).is_file():
-        folder = folder / 'model'
+    path = Path(str(folder).removeprefix('local-dir:'))
+    folder, weights = _find(path)
     try:
         config: Optional[Dict[str, Any]] = json.loads((folder / _CONFIG).read_text(encoding='utf-8'))
         found = config.get('task')
@@ -57,7 +55,17 @@ def load_model(
         raise WeightsError(f'{folder}: is a model for {found!r}, must be for {task!r}.')
     try:
         model = build(config)
-        model.load_state_dict(safetensors.torch.load_file(folder / _WEIGHTS))
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, safetensors.SafetensorError) as e:
+        model.load_state_dict(read_checkpoint(weights))
+    except (LookupError, TypeError, ValueError, RuntimeError, OSError) as e:
         raise WeightsError(f'{folder}: cannot be loaded ({type(e).__name__}: {e}).') from e
     return model.eval(), config
+
+
+def _find(path: Path) -> Tuple[Path, Path]:
+    """The folder of a model's config, and the file of its weights, from whatever names it."""
+    if path.is_file() and path.parent.name == 'checkpoints':
+        return path.parents[1] / 'model', path
+    folder = path.parent if path.name == _WEIGHTS else path
+    if (folder / 'model' / _CONFIG).is_file():
+        folder = folder / 'model'
+    return folder, folder / _WEIGHTS

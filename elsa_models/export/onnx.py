@@ -22,6 +22,7 @@ from .resize import resize_matrices
 from .rewrite import rewrite_for_runtimes
 
 _logger = logging.getLogger(__name__)
+_PLACE = ('file', 'source', 'cache_dir')  # entries of a pretrained_cfg
 
 PRECISIONS = ('float32', 'float16', 'int8')
 MIN_OPSET = 20  # Gelu
@@ -414,7 +415,8 @@ def _to_int8(graph, folder: Path, calibration: Iterable[torch.Tensor]):
 
 def _describe(graph, model, data_config, size, precision, label_names, resize_from) -> None:
     inner = _inner(model)
-    cfg = {k: v for k, v in getattr(inner, 'pretrained_cfg', {}).items() if v is not None}
+    # without where it was on this machine
+    cfg = {k: v for k, v in getattr(inner, 'pretrained_cfg', {}).items() if v is not None and k not in _PLACE}
     description = dict(
         architecture=cfg.get('architecture', type(inner).__name__),
         precision=precision,

@@ -33,7 +33,8 @@ def publish(
     digest of what it holds.
 
     Args:
-        folder: The folder, or that of a run, whose `model` is taken; checked to load by plain timm first.
+        folder: The folder, or that of a run, whose `model` is taken, with `local-dir:` before it or not; checked to
+            load by plain timm first.
         repo_id: Owner and name.
         private: Make a new repository private; one that exists stays as it is.
         revision: Branch to push to, created if need be; the main one if None.
@@ -45,7 +46,7 @@ def publish(
         ValueError: The repository's id is none.
         WeightsError: The folder is not fit to be published, or the hub refused it or holds something else.
     """
-    folder = Path(folder)
+    folder = Path(str(folder).removeprefix('local-dir:'))
     if (folder / 'model' / 'config.json').is_file() and not (folder / 'config.json').exists():
         folder = folder / 'model'
     owner, _, name = repo_id.partition('/')

@@ -54,8 +54,9 @@ def load_classifier(
         ModelError: There is no such model, file or weights.
         ImportError: ONNX Runtime is missing.
     """
-    if onnx is None and find_model(name).is_onnx:
-        return _load_onnx(Path(name), images or {})
+    source = find_model(name)
+    if onnx is None and source.is_onnx:
+        return _load_onnx(source.path, images or {})
     if onnx is not None and not Path(onnx).is_file():
         raise ModelError(f'onnx: got {onnx!r}, no such file.')
     try:

@@ -447,10 +447,12 @@ def build_model(
         if source in _CONFIG_SOURCES:
             _check_config(model_cls, kwargs.get('pretrained_model_args') or {}, cfg)
         cache_dir, features = kwargs.get('cache_dir'), kwargs.get('features_only', False)
-        weights = _read_weights(variant, cfg, use_ema, cache_dir, relative) if pretrained else None
+        own = not overlay.get('file') and not overlay.get('state_dict')  # no others are named
+        found = cfg if own else dataclasses.replace(cfg, source=None)
+        weights = _read_weights(variant, found, use_ema, cache_dir, relative) if pretrained else None
         if weights is None:
             return _build(model_cls, variant, pretrained, cfg, filter_fn, **kwargs)
-        if source in _CONFIG_SOURCES:
+        if source in _CONFIG_SOURCES and own:
             _check_classes(weights, cfg)
 
         def fit(_: Optional[Dict[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:

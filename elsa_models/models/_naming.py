@@ -1,5 +1,6 @@
 """One way to name a model, wherever one may be named."""
 import difflib
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Union
@@ -12,6 +13,7 @@ from ._family import families
 
 _HUB = ('hf-hub:', 'hf_hub:')
 _CONFIG, _RECIPE, _CHECKPOINTS = 'config.json', 'recipe.yaml', 'checkpoints'
+_PREPARATION = ('crop_pct', 'interpolation', 'mean', 'std')
 HELP = 'name of timm, hf-hub:OWNER/NAME, local-dir:FOLDER, or the path of a run, a saved folder or a checkpoint'
 
 
@@ -26,6 +28,7 @@ class ModelSource(NamedTuple):
     model_args: Dict[str, Any] = {}  # those that a run's recipe gives
     checkpoint: Optional[Path] = None  # weights that are not beside the model's config
     run: Optional[Path] = None  # folder of the run that it is from, if it is
+    preparation: Dict[str, Any] = {}  # of images, as that recipe gives it
 
     @property
     def is_onnx(self) -> bool:
@@ -72,8 +75,7 @@ def near_names(text: str) -> str:
 def _in_folder(path: Path) -> ModelSource:
     for folder in (path, path / 'model'):
         if (folder / _CONFIG).is_file():
-            run = folder.parent if (folder.parent / _RECIPE).is_file() else None
-            return ModelSource(f'local-dir:{folder}', path, run=run)
+            return _saved(folder, path)
     checkpoints = path / _CHECKPOINTS
     files = [*checkpoints.glob('best.pt'), *sorted(checkpoints.glob('step-*.pt'), reverse=True)]
     if files:
@@ -81,20 +83,48 @@ def _in_folder(path: Path) -> ModelSource:
     raise ModelError(f'model: got {str(path)!r}, which holds no {_CONFIG}, nor does its sub-folder model.')
 
 
+def _saved(folder: Path, path: Path) -> ModelSource:
+    """What a saved folder holds, of which `path` is the name."""
+    try:
+        task = json.loads((folder / _CONFIG).read_text(encoding='utf-8')).get('task')
+    except (OSError, ValueError, AttributeError, RecursionError):  # timm's loading says what is wrong
+        task = None
+    if task is not None:
+        raise ModelError(
+            f'model: got {str(path)!r}, a model for {task!r}, must be a classifier. Detectors are for elsa detect,'
+            f' segmenters for elsa segment.')
+    return ModelSource(
+        f'local-dir:{folder}', path, run=folder.parent if (folder.parent / _RECIPE).is_file() else None)
+
+
 def _in_file(path: Path) -> ModelSource:
     if path.suffix == '.onnx':
         return ModelSource(None, path, run=path.parent if (path.parent / _RECIPE).is_file() else None)
     run = path.parent.parent
     if path.parent.name == _CHECKPOINTS and (run / _RECIPE).is_file():
-        import yaml
-        recipe = yaml.safe_load((run / _RECIPE).read_text(encoding='utf-8'))
+        if (run / 'model' / _CONFIG).is_file():  # which says more: names of classes, for one
+            return _saved(run / 'model', path)._replace(checkpoint=path)
+        recipe = _read_recipe(run / _RECIPE)
         return find_model(recipe['model'])._replace(
-            path=path, model_args=dict(recipe['model_args']), checkpoint=path, run=run)
+            path=path, model_args=recipe['model_args'], checkpoint=path, run=run,
+            preparation={k: recipe[k] for k in _PREPARATION if recipe.get(k) is not None})
     if path.name == 'model.safetensors' and (path.parent / _CONFIG).is_file():
         return _in_folder(path.parent)
     raise ModelError(
         f'model: got {str(path)!r}, a file beside which nothing says what model it is of. Name the model, and give the'
         f' file as checkpoint.')
+
+
+def _read_recipe(file: Path) -> Dict[str, Any]:
+    import yaml
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding='utf-8'))
+        if isinstance(recipe['model'], str) and isinstance(recipe['model_args'], dict):
+            return recipe
+        reason = 'model or model_args is of another type'
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, RecursionError) as e:
+        reason = f'{type(e).__name__}: {e}'
+    raise ModelError(f'model: {str(file)!r} does not say what model the run trains ({reason}).')
 
 
 def create_named(
@@ -131,7 +161,7 @@ def create_named(
         num_classes = _num_classes(source.name, source.model_args, source.checkpoint)
     overlay: Optional[Dict[str, Any]] = None
     if file is not None:
-        overlay = dict(file=str(file))
+        overlay = dict(source.preparation, file=str(file))
         if num_classes is not None and (keep_classifier or checkpoint is None):
             overlay.update(num_classes=num_classes)  # those of the file, or timm leaves its classifier out
     by_name = source.name.startswith(_HUB) or pretrained and file is None and source.path is None

@@ -11,9 +11,9 @@ from timm.models import adapt_input_conv
 
 from ._checkpoint import WeightsError, explain_download, fit_positions, reaching_hub, read_checkpoint, unwrap
 from ._family import family_of
-from ._naming import near_names
+from ._naming import ModelError, find_model, near_names
 
-_HUB_SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+_SCHEMES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 _FILE_SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.tar', '.ckpt')
 
 
@@ -97,21 +97,29 @@ def _read_source(source: Union[str, Path, nn.Module], use_ema: bool) -> Tuple[st
     name = str(source)
     if Path(source).is_file():
         return name, read_checkpoint(source, use_ema)
-    if isinstance(source, str):
-        if name.startswith(_HUB_SCHEMES) or timm.is_model(name.partition('.')[0]):
-            try:
-                # what the source's constructor draws is nobody's business
-                with torch.random.fork_rng(devices=[]), reaching_hub():
-                    return name, timm.create_model(name, pretrained=True).state_dict()
-            except WeightsError:
-                raise
-            except Exception as e:  # of httpx2, of huggingface_hub, of timm, of the operating system
-                raise WeightsError(f'source: {name!r} could not be had. {explain_download(e)}'.rstrip('.') + '.') from e
-        if not name.endswith(_FILE_SUFFIXES):
-            raise ValueError(
-                f'source: got {name!r}, which is neither a file nor a model of timm. Must be a timm model name such as '
-                f'\'volo_d1_224.sail_in1k\', \'hf-hub:owner/model\', \'local-dir:folder\', the path of a checkpoint or '
-                f'a module.{near_names(name)}')
+    created = name
+    if Path(name.removeprefix('local-dir:')).is_dir():
+        try:
+            found = find_model(name)
+        except ModelError as e:
+            raise ValueError(f'source: {e}') from e
+        if found.checkpoint is not None:
+            return name, read_checkpoint(found.checkpoint, use_ema)
+        created = found.name
+    if created.startswith(_SCHEMES) or timm.is_model(created.partition('.')[0]):
+        try:
+            # what the source's constructor draws is nobody's business
+            with torch.random.fork_rng(devices=[]), reaching_hub():
+                return name, timm.create_model(created, pretrained=True).state_dict()
+        except WeightsError:
+            raise
+        except Exception as e:  # of httpx2, of huggingface_hub, of timm, of the operating system
+            raise WeightsError(f'source: {name!r} could not be had. {explain_download(e)}'.rstrip('.') + '.') from e
+    if not isinstance(source, Path) and not name.endswith(_FILE_SUFFIXES):
+        raise ValueError(
+            f'source: got {name!r}, which is neither a file nor a model of timm. Must be a timm model name such as '
+            f'\'volo_d1_224.sail_in1k\', \'hf-hub:owner/model\', \'local-dir:folder\', the path of a run, a saved '
+            f'folder or a checkpoint, or a module.{near_names(name)}')
     return name, read_checkpoint(source, use_ema)
 
 
@@ -154,7 +162,7 @@ def warm_start(
     Args:
         model: A model of this package; feature extractors have to be made from the model afterwards.
         source: Name of a timm model, with tag, whose pretrained weights are downloaded; a `hf-hub:` or `local-dir:`
-            name; the path of a checkpoint; or a module.
+            name; the path of a run's folder, of a saved folder or of a checkpoint; or a module.
         use_ema: Take the averaged weights where a checkpoint file has them.
 
     Returns:

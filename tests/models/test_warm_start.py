@@ -240,6 +240,22 @@ def test_local_folder(tmp_path):
     assert torch.equal(model.norm.weight, source.norm.weight)
 
 
+def test_folder_of_a_run_and_what_is_in_it(tmp_path):
+    source = randomized(create_model('test_elsa_swin', num_classes=5))
+    save_for_hf(source, tmp_path / 'run' / 'model')
+    (tmp_path / 'run' / 'checkpoints').mkdir()
+    torch.save(dict(model=source.state_dict()), tmp_path / 'run' / 'checkpoints' / 'best.pt')
+    names = ['run', 'local-dir:run', 'run/model', 'local-dir:run/model', 'run/checkpoints/best.pt']
+    for name in names:
+        prefix, _, path = name.rpartition(':')
+        model = create_model('test_elsa_swin', num_classes=5)
+        warm_start(model, f'{prefix}:{tmp_path / path}' if prefix else tmp_path / path)
+        assert torch.equal(model.head.fc.weight, source.head.fc.weight)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ValueError, match='source: .*empty.*holds no config.json'):
+        warm_start(model, tmp_path / 'empty')
+
+
 @pytest.mark.parametrize('name', ['volo_d1_224.sail_in1k', 'volo_d1_224', 'hf-hub:timm/volo_d1_224.sail_in1k'])
 def test_names_are_downloaded_by_timm(name, monkeypatch):
     source, model, asked = volo(), elsa_volo(), []

@@ -11,6 +11,7 @@ from PIL import Image
 
 from elsa_models.commands.predict import main as predict
 from elsa_models.commands.validate import main as validate
+from elsa_models.inference import ModelError, load_classifier
 from elsa_models.models._saving import save_folder
 from elsa_models.training import ClassificationJob, Recipe, load_splits, run_job
 
@@ -64,6 +65,63 @@ def test_one_way_to_name_a_model(tmp_path, trained, name, capsys):
     capsys.readouterr()
     assert predict([str(images), '--model', str(model), '--output', str(tmp_path / 'out')]) == 0
     assert (tmp_path / 'out' / 'attention.png').exists() == (name != 'model.onnx')
+
+
+@pytest.fixture(scope='module')
+def coloured(tmp_path_factory):
+    """The folder of a run on two colours, whose recipe says how images are prepared."""
+    folder = tmp_path_factory.mktemp('coloured')
+    for color in ('blue', 'red'):
+        (folder / 'pictures' / color).mkdir(parents=True)
+        for i in range(4):
+            Image.new('RGB', (40, 40), color).save(folder / 'pictures' / color / f'{i}.png')
+    return run_job(Recipe(
+        data=str(folder / 'pictures'), output=str(folder), name='run', epochs=1, batch_size=4, figures=False,
+        crop_pct=0.5, mean=(0.25, 0.5, 0.5), model_args=dict(img_size=32, kernel_size=3)), ClassificationJob).folder
+
+
+@pytest.mark.parametrize('name', [
+    '', 'local-dir:', 'model', 'model/model.safetensors', 'checkpoints/best.pt', 'model.onnx', 'local-dir:model.onnx'])
+def test_every_name_brings_classes_and_preparation(coloured, name):
+    prefix, _, path = name.rpartition(':')
+    classifier = load_classifier(f'{prefix}:{coloured / path}' if prefix else coloured / path, torch.device('cpu'))
+    assert classifier.label_names == ['blue', 'red']
+    assert classifier.data_config['crop_pct'] == 0.5 and tuple(classifier.data_config['mean']) == (0.25, 0.5, 0.5)
+    expected = load_classifier(str(coloured), torch.device('cpu'))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(classifier.logits(x), expected.logits(x), atol=1e-4)
+
+
+def test_file_of_a_run_says_nothing_of_this_machine_or_of_other_weights(coloured):
+    session = pytest.importorskip('onnxruntime').InferenceSession(
+        coloured / 'model.onnx', providers=['CPUExecutionProvider'])
+    metadata = session.get_modelmeta().custom_metadata_map
+    cfg = json.loads(metadata['pretrained_cfg'])
+    assert cfg['num_classes'] == 2 and not cfg.keys() & {'license', 'origin_url', 'tag'}
+    assert str(coloured) not in str(metadata) and coloured.name not in str(metadata)
+
+
+def test_unfinished_run_brings_its_preparation(coloured, tmp_path):
+    running = shutil.copytree(coloured, tmp_path / 'run-running')
+    shutil.rmtree(running / 'model')
+    for name in (running, running / 'checkpoints' / 'best.pt'):
+        classifier = load_classifier(str(name), torch.device('cpu'))
+        assert classifier.data_config['crop_pct'] == 0.5 and tuple(classifier.data_config['mean']) == (0.25, 0.5, 0.5)
+        assert classifier.data_config['input_size'] == (3, 32, 32) and classifier.num_classes == 2
+    for text in ('model: [', 'model: 3', '[]', 'model: test_elsa_swin'):
+        (running / 'recipe.yaml').write_text(text)
+        with pytest.raises(ModelError, match=r"recipe\.yaml' does not say what model the run trains"):
+            load_classifier(str(running), torch.device('cpu'))
+
+
+def test_file_of_weights_goes_before_those_of_a_path(coloured, tmp_path):
+    other = timm.create_model('test_elsa_swin', num_classes=2, img_size=32, kernel_size=3)
+    torch.save(other.state_dict(), tmp_path / 'other.pt')
+    for name in (coloured, f'local-dir:{coloured / "model"}'):
+        model = load_classifier(str(name), torch.device('cpu'), checkpoint=str(tmp_path / 'other.pt')).model
+        assert torch.equal(model.head.fc.weight, other.head.fc.weight)
+        assert model.pretrained_cfg['label_names'] == ['blue', 'red']
 
 
 @pytest.mark.parametrize('model, message', [

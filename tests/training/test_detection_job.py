@@ -12,12 +12,15 @@ from PIL import Image
 
 import elsa_models  # noqa: F401
 from elsa_models.dense.shapes import Shapes, boxes_of
-from elsa_models.training import DataError, RecipeError, World, load_recipe, run_job
+from elsa_models.models._checkpoint import read_checkpoint
+from elsa_models.models._naming import ModelError, find_model
+from elsa_models.training import ClassificationJob, DataError, Recipe, RecipeError, World, load_recipe, run_job
 
 pytest.importorskip('pycocotools')
 
 from elsa_models.dense.coco import ObjectImages, average_precision, to_coco  # noqa: E402
 from elsa_models.dense.detection import detect, load_detector  # noqa: E402
+from elsa_models.training.jobs.dense import create_backbone, model_config  # noqa: E402
 from elsa_models.training.jobs.detection import (  # noqa: E402
     DetectionJob,
     DetectionRecipe,
@@ -286,6 +289,26 @@ def test_a_run(tmp_path, detector):
     image = Shapes(1, 48)[0].image
     a, b = detect(model, image, 0.), detect(result.job.model.eval(), image, 0.)
     assert all(torch.equal(a[k], b[k]) for k in a)
+    names = ['', 'local-dir:', 'model/model.safetensors', 'checkpoints/best.pt']
+    for prefix, _, path in (name.rpartition(':') for name in names):
+        same = load_detector(f'{prefix}:{result.folder / path}' if prefix else result.folder / path)[0].state_dict()
+        assert all(torch.equal(x, same[k]) for k, x in model.state_dict().items())
+    for path in ('', 'checkpoints/best.pt'):
+        with pytest.raises(ModelError, match="a model for 'object-detection', must be a classifier"):
+            find_model(result.folder / path)
+
+
+def test_backbone_from_a_run_is_saved_without_it(tmp_path):
+    small = dict(output=str(tmp_path), epochs=1, limit=4, batch_size=16, onnx=False, figures=False)
+    first = run_job(Recipe(**small, model_args=dict(img_size=32, kernel_size=3)), ClassificationJob).folder
+    weights = read_checkpoint(first / 'model' / 'model.safetensors')
+    for name in (first, first / 'checkpoints' / 'best.pt'):
+        recipe = _recipe(model=str(name), model_args={})
+        config = model_config(recipe, ())
+        assert config['model'] == 'test_elsa_swin' and config['model_args']['kernel_size'] == 3
+        backbone = create_backbone(recipe).state_dict()
+        found = {k.rpartition('patch_embed.')[2]: x for k, x in backbone.items() if 'patch_embed.' in k}
+        assert found and all(torch.equal(x, weights[f'patch_embed.{k}']) for k, x in found.items())
 
 
 def test_a_run_on_a_folder_skips_what_cannot_be_read(coco, tmp_path):

@@ -73,7 +73,7 @@ def test_a_run_can_be_published_and_shown_on_a_page(full):
     card = (full.folder / 'model' / 'README.md').read_text()
     assert f'{full.metrics["val_top1"]:.2f} % top-1' in card and '20 held-out images' in card
     assert str(full.folder.parent) not in card and 'Licence: unknown' in card
-    for folder in (full.folder, full.folder / 'model'):
+    for folder in (full.folder, full.folder / 'model', f'local-dir:{full.folder}'):
         published = publish(folder, 'me/digits', dry_run=True)
         assert [line.split()[0] for line in published.files] == ['README.md', 'config.json', 'model.safetensors']
 

@@ -220,12 +220,12 @@ class ClassificationJob(Job):
     def finish(self, model: nn.Module, folder: Path, history: List[Dict[str, float]]) -> None:
         """Save the model, export it, draw what it has learned."""
         class_names = self.splits.class_names
-        save_model(model, folder / MODEL, class_names, self.data_config, keeps_licence(self.recipe))
+        saved = save_model(model, folder / MODEL, class_names, self.data_config, keeps_licence(self.recipe))
         _logger.info('saved the model; loaded it again, logits are equal')
         write_atomically(self._card(model, folder / MODEL, history), folder / MODEL / 'README.md')
         write_atomically(json.dumps(list(class_names), ensure_ascii=False), folder / LABELS)  # for docs/web/index.html
         if self.recipe.onnx:
-            export_onnx(model, folder / ONNX)
+            export_onnx(saved, folder / ONNX)  # which knows classes and preparation
             _logger.info('exported the model to ONNX; ONNX Runtime agrees with it')
         if not self.recipe.figures:
             return
@@ -311,7 +311,7 @@ def save_model(
         class_names: List[str],
         data_config: Dict[str, Any],
         keep_licence: bool = False,
-) -> None:
+) -> nn.Module:
     """Save weights as safetensors beside timm's config.json, and see that they load to an equal model.
 
     Args:
@@ -320,6 +320,9 @@ def save_model(
         class_names: Name of each output.
         data_config: Preprocessing, as `timm.data.resolve_data_config` returns it.
         keep_licence: Whether the weights come from those of the model's cfg, whose licence is theirs then.
+
+    Returns:
+        The model that was loaded again, in evaluation mode.
 
     Raises:
         RuntimeError: The model that was loaded again computes other logits.
@@ -334,3 +337,4 @@ def save_model(
     with torch.inference_mode():
         if not torch.equal(loaded(images), model(images)):
             raise RuntimeError(f'{folder}: the saved model, loaded again, differs from the trained one.')
+    return loaded

@@ -79,16 +79,17 @@ def _architecture(recipe: DenseRecipe) -> Tuple[str, Dict[str, Any], Optional[st
             raise ModelError(f'model: got {recipe.model!r}, an ONNX file, which cannot be trained.')
     except ModelError as e:
         raise RecipeError(str(e)) from e
-    if source.checkpoint is not None:
-        return source.name, {**source.model_args, **recipe.model_args}, recipe.checkpoint or str(source.checkpoint)
-    folder = Path(source.name.partition(':')[2])
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        arguments = {k: v for k, v in config.get('model_args', {}).items() if k not in ('img_size', 'num_classes')}
-        return config['architecture'], {**arguments, **recipe.model_args}, (
-            recipe.checkpoint or str(folder / 'model.safetensors'))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise RecipeError(f'model: {recipe.model!r} is no classifier that timm has saved ({e!r}).') from e
+    name, model_args, weights = source.name, source.model_args, recipe.checkpoint or source.checkpoint
+    if name.startswith('local-dir:'):  # what is saved has to do without that folder
+        folder = Path(name.partition(':')[2])
+        try:
+            config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+            name, model_args = config['architecture'], {**config.get('model_args', {}), **model_args}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise RecipeError(f'model: {recipe.model!r} is no classifier that timm has saved ({e!r}).') from e
+        weights = weights or folder / 'model.safetensors'
+    model_args = {k: v for k, v in model_args.items() if k not in ('img_size', 'num_classes')}
+    return name, {**model_args, **recipe.model_args}, str(weights)
 
 
 def model_config(recipe: DenseRecipe, names: Tuple[str, ...]) -> Dict[str, Any]:
