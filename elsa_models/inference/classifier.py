@@ -17,6 +17,9 @@ from ..models._checkpoint import WeightsError
 from ..models._naming import ModelError, create_named, find_model
 
 _logger = logging.getLogger(__name__)
+_MAX_SIDE = 2 ** 15  # pixels
+_MIN_CROP = 0.01  # smaller parts of an image take memory without bound to resize
+_CROP_MODES = ('center', 'squash', 'border')  # all that timm knows
 
 
 class Classifier(NamedTuple):
@@ -67,8 +70,10 @@ def load_classifier(
         raise ModelError(f'{subject}{e}\nOr name a file of weights: --checkpoint FILE.') from e
     model = model.to(device).eval()
     names = model.pretrained_cfg.get('label_names')
-    if names is not None and not isinstance(names, (list, tuple, dict)):
-        raise ModelError(f'model: the config.json of {name!r} has label_names = {names!r}, must be a list.')
+    if names is not None and not (
+            isinstance(names, (list, tuple, dict)) and all(isinstance(name, (str, int)) for name in names)):
+        raise ModelError(f'model: the config.json of {name!r} has label_names = {names!r}, must be a list of'
+                         ' names.')
     names = list(names) if names is not None and len(names) == model.num_classes else None
     data_config = resolve_images(model, **(images or {}))
     logits = _onnx_logits(Path(onnx), data_config) if onnx is not None else model
@@ -185,12 +190,33 @@ def resolve_images(model: nn.Module, **values: Any) -> Dict[str, Any]:
     """
     try:
         data_config = resolve_input_data_config(model, args=values)
+        _check_data_config(data_config)
         create_eval_transform(data_config)  # looks at all of it
     except ValueError as e:
         raise ModelError(str(e)) from e
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError) as e:  # of what a config.json says
         raise ModelError(f'model: what it says of its images cannot be used ({type(e).__name__}: {e}).') from e
     return data_config
+
+
+def _check_data_config(data_config: Dict[str, Any]) -> None:
+    """Require what timm takes for granted.
+
+    Raises:
+        ModelError: Sizes, mean, standard deviation or crop are none.
+    """
+    size, crop_pct, crop_mode = (data_config[name] for name in ('input_size', 'crop_pct', 'crop_mode'))
+    if len(size) != 3 or not all(type(n) is int and 0 < n <= _MAX_SIDE for n in size):
+        raise ModelError(f'model: takes images of {size}, must be channels, height and width.')
+    for name, low in (('mean', -math.inf), ('std', 0.)):
+        values = data_config[name]
+        if len(values) not in (1, size[0]) or not all(low < v < math.inf for v in values):
+            raise ModelError(
+                f'{name}: got {values}, must be a {"positive " if name == "std" else ""}number for each channel.')
+    if not _MIN_CROP <= crop_pct < math.inf:
+        raise ModelError(f'crop_pct: got {crop_pct}, must be a number of at least {_MIN_CROP}.')
+    if crop_mode not in _CROP_MODES:
+        raise ModelError(f'crop_mode: got {crop_mode!r}, must be one of {", ".join(_CROP_MODES)}.')
 
 
 def color_mode(data_config: Dict[str, Any]) -> str:
@@ -268,6 +294,9 @@ def classify(
         top_k: Classes for each image.
         batch_size: Images that are computed at once.
         workers: Processes that load.
+
+    Raises:
+        ModelError: Outputs are not finite.
     """
     config = classifier.data_config
     dataset = _Files(files, color_mode(config), create_eval_transform(config), config['input_size'])
@@ -276,7 +305,10 @@ def classify(
     names = classifier.label_names or [str(i) for i in range(classifier.num_classes)]
     answers: List[Answer] = []
     for images, readable in loader:
-        probabilities, classes = classifier.logits(images).double().softmax(dim=-1).topk(min(top_k, len(names)))
+        logits = classifier.logits(images).double()
+        if not logits[readable.to(logits.device) > 0].isfinite().all():
+            raise ModelError('model: its outputs are no finite numbers; its weights cannot be right.')
+        probabilities, classes = logits.softmax(dim=-1).topk(min(top_k, len(names)))
         for found, p, c in zip(readable.tolist(), probabilities.tolist(), classes.tolist(), strict=True):
             file = str(files[len(answers)])
             answers.append(Answer(file, [names[i] for i in c], p, c) if found else Answer(file, [], [], []))

@@ -351,12 +351,16 @@ def _check_images_of(cfg: PretrainedCfg) -> None:
     def numbers(x: Any, above: float) -> bool:
         return isinstance(x, (list, tuple)) and len(x) > 0 and all(_is_number(n) and n > above for n in x)
 
+    def is_size(x: Any) -> bool:
+        return numbers(x, 0) and len(x) == 3 and all(isinstance(n, int) and n <= _MAX_CONFIG_INT for n in x)
+
+    channels = {1, 3, cfg.input_size[0] if is_size(cfg.input_size) else 3}  # grey images may keep the colours' values
     rules = dict(
         num_classes=(lambda x: isinstance(x, int) and x >= 0, 'a whole number of classes'),
-        input_size=(lambda x: numbers(x, 0) and len(x) == 3, 'channels, height and width'),
-        test_input_size=(lambda x: numbers(x, 0) and len(x) == 3, 'channels, height and width'),
-        mean=(lambda x: numbers(x, -math.inf), 'a number for each channel'),
-        std=(lambda x: numbers(x, 0), 'a positive number for each channel'),
+        input_size=(is_size, 'channels, height and width'),
+        test_input_size=(is_size, 'channels, height and width'),
+        mean=(lambda x: numbers(x, -math.inf) and len(x) in channels, 'a number for each channel'),
+        std=(lambda x: numbers(x, 0) and len(x) in channels, 'a positive number for each channel'),
         crop_pct=(lambda x: _is_number(x) and x > 0, 'a positive number'),
         test_crop_pct=(lambda x: _is_number(x) and x > 0, 'a positive number'),
         interpolation=(lambda x: isinstance(x, str), 'a word'),

@@ -105,7 +105,7 @@ def _read_source(source: Union[str, Path, nn.Module], use_ema: bool) -> Tuple[st
             raise ValueError(f'source: {e}') from e
         if found.checkpoint is not None:
             return name, read_checkpoint(found.checkpoint, use_ema)
-        created = found.name
+        created = found.name or name
     if created.startswith(_SCHEMES) or timm.is_model(created.partition('.')[0]):
         try:
             # what the source's constructor draws is nobody's business

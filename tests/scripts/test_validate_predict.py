@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -262,7 +263,10 @@ def test_a_picture_that_cannot_be_drawn_costs_no_prediction(tmp_path, trained, m
     ('pretrained_cfg', [3, 'x', [1], dict(a=1)]),
     ('model_args', [3, 'x', [1], dict(a=1)]), ('num_classes', ['x', 2.5, [1], {}]), ('label_names', [3, True]),
     ('pretrained_cfg.mean', [[], 'x']), ('pretrained_cfg.std', [{}]),
-    ('pretrained_cfg.interpolation', ['x', 3, [1]]), ('pretrained_cfg.crop_pct', ['x', [1]]),
+    ('pretrained_cfg.interpolation', ['x', 3, [1]]), ('pretrained_cfg.crop_pct', ['x', [1], math.nan, -1, 1e-9]),
+    ('pretrained_cfg.mean', [[math.nan] * 3, [math.inf] * 3]),
+    ('pretrained_cfg.std', [[0] * 3, [math.nan] * 3, [-1] * 3]),
+    ('pretrained_cfg.crop_mode', ['x', 3]), ('label_names', [[None, None], [{}, {}]]),
 ])
 def test_config_of_wrong_types_is_one_error(architecture, key, values, tmp_path, capsys):
     model = timm.create_model(architecture, num_classes=2, img_size=32)
@@ -279,3 +283,26 @@ def test_config_of_wrong_types_is_one_error(architecture, key, values, tmp_path,
         for script, arguments in ((predict, [str(tmp_path / 'x.png')]), (validate, data)):
             assert script([*arguments, '--model', str(tmp_path)]) == 2, value
             assert capsys.readouterr().err.startswith('error: ')
+
+
+@pytest.mark.parametrize('architecture', ['test_elsa_swin', 'test_vit'])
+@pytest.mark.parametrize('size', [[3, 0, 0], [3, 32], [3, 32.5, 32], [3, 1e9, 1e9], [True] * 3])
+def test_input_size_that_is_none_is_one_error(architecture, size, tmp_path, capsys):
+    save_folder(timm.create_model(architecture, num_classes=2), tmp_path, {})
+    Image.new('RGB', (40, 40)).save(tmp_path / 'x.png')
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['pretrained_cfg']['input_size'] = size
+    config['model_args'] = {}  # or timm takes their img_size
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert predict([str(tmp_path / 'x.png'), '--model', str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith('error: ')
+
+
+def test_weights_that_compute_no_numbers_give_no_answer(tmp_path, capsys):
+    model = timm.create_model('test_vit', num_classes=2)  # whose loading is timm's
+    with torch.no_grad():
+        model.head.bias[1] = math.nan
+    save_folder(model, tmp_path, {})
+    Image.new('RGB', (40, 40)).save(tmp_path / 'x.png')
+    assert predict([str(tmp_path / 'x.png'), '--model', str(tmp_path)]) == 2
+    assert 'its outputs are no finite numbers' in capsys.readouterr().err
