@@ -19,8 +19,10 @@ from types import ModuleType
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _threads
+from .backends import AUTO, get_backend
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +45,25 @@ def refuse(value: torch.Tensor) -> Optional[str]:
     if value.dtype not in _DTYPES:
         return f'value has dtype {value.dtype}'
     return why_not()
+
+
+def serves_inference(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel that computes inference alone may take these tensors here and now.
+
+    Not where gradients, graphs or transforms are made, nor where someone watches the operators, as counters do.
+    """
+    first = tensors[0]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_backend() not in (AUTO, 'numba'):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    known = first.dtype in (torch.float32, torch.float64) and all(
+        type(x) in (torch.Tensor, torch.nn.Parameter) and x.dtype == first.dtype for x in tensors)
+    return known and first.numel() > 0 and refuse(first) is None
 
 
 @torch.compiler.assume_constant_result  # a property of the machine, not of the graph

@@ -69,6 +69,15 @@ def get(typingctx, address, index, kind):
 
 
 @intrinsic
+def get_whole(typingctx, address, index):
+    """The 64-bit integer at `index`."""
+    def lower(context, builder, signature, args):
+        return builder.load(_pointer(builder, args[0], args[1], ir.IntType(64)))
+
+    return types.int64(types.intp, types.intp), lower
+
+
+@intrinsic
 def put(typingctx, address, index, scalar):
     """Write a number to `index`."""
     def lower(context, builder, signature, args):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import resize_rel_pos_bias_table, trunc_normal_, use_fused_attn
 from timm.models.swin_transformer import get_relative_position_index
 
+from ...ops import window_attention
 from ..arguments import check_map, is_plain, pair, whole_number
 from ..sizes import pad_map, sizes_are_open
 from .mixer import Mixer
@@ -165,7 +166,8 @@ def attend_windows(
     """Attention of each window of a map to its keys, see `find_keys`.
 
     Windows count as heads of their own, so that one bias serves all images of a batch without a copy. Where no
-    gradient is needed, windows are taken in chunks, and memory does not grow with the image.
+    gradient is needed, windows are taken in chunks, and memory does not grow with the image; on a CPU Numba's kernels
+    serve there, where they can.
 
     Args:
         qkv: Query, key and value of each pixel, (B, rows * columns, L, 3 * C).
@@ -187,6 +189,9 @@ def attend_windows(
     steps, places = steps[:, :S], places[:S]
     if bounded is not None:
         bounded = bounded[:S]
+    if not torch.jit.is_scripting():
+        if dropout_p == 0. and window_attention.takes(qkv, pooled, bias):
+            return window_attention.attend_windows(qkv, pooled, bias, steps, places, bounded, rows, columns)
     index, unseen = find_keys(steps, places, bounded, rows, columns, L + 1)
     q = qkv[..., :C].unflatten(3, [heads, C // heads]).permute(0, 3, 1, 2, 4)
     kv = torch.cat([qkv[..., C:], pooled], dim=2).unflatten(3, [2, heads, C // heads])

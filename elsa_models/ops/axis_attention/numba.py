@@ -1,30 +1,14 @@
 """Attention along lines on a CPU, compiled by Numba, see `numba_kernels.py`."""
 import torch
-from torch.autograd import forward_ad
 
 from .. import _numba
-from ..backends import AUTO, get_backend
 
 _KERNELS = f'{__package__}.numba_kernels'
 
 
 def takes(*tensors: torch.Tensor) -> bool:
-    """Whether `attend_lines` serves these tensors here and now.
-
-    Not where gradients, graphs or transforms are made, nor where someone watches the operators, as counters do.
-    """
-    first = tensors[0]
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_backend() not in (AUTO, 'numba'):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        return False
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return False
-    known = first.dtype in (torch.float32, torch.float64) and all(
-        type(x) in (torch.Tensor, torch.nn.Parameter) and x.dtype == first.dtype for x in tensors)
-    return known and first.numel() > 0 and _numba.refuse(first) is None
+    """Whether `attend_lines` serves these tensors here and now."""
+    return _numba.serves_inference(*tensors)
 
 
 def attend_lines(
