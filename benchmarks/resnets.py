@@ -91,7 +91,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     harness.keep_freed_memory()
     if args.memory_of:
-        harness.print_peak_memory(lambda: make_step(args.memory_of, args), args.device)
+        warm = make_step(dict(args.memory_of, size=64), args)
+        harness.print_peak_memory(lambda: make_step(args.memory_of, args), args.device, warm)
         return
     for pair in args.pair:
         name, baseline = pair.split(':')
