@@ -5,7 +5,7 @@ from .export import export_onnx
 from .hub import WeightsError, get_hub_namespace, load_weights, set_hub_namespace
 from .layers import ElsaAttention, ElsaBlock
 from .layers.batch_norm import reestimate_batch_norm
-from .models import ElsaSwin, ElsaVolo, RefinerVit, token_label_loss, warm_start
+from .models import ElsaSwin, ElsaVolo, RefinerVit, token_label_loss, warm_start, warm_up
 from .ops import (
     available_backends,
     explain_backend,
@@ -19,5 +19,5 @@ __all__ = [
     'ElsaAttention', 'ElsaBlock', 'ElsaSwin', 'ElsaVolo', 'RefinerVit', 'WeightsError', '__version__',
     'available_backends', 'explain_backend', 'export_onnx', 'get_backend', 'get_hub_namespace', 'load_weights',
     'local_attention', 'local_attention_reference', 'models', 'reestimate_batch_norm', 'set_backend',
-    'set_hub_namespace', 'token_label_loss', 'warm_start',
+    'set_hub_namespace', 'token_label_loss', 'warm_start', 'warm_up',
 ]

@@ -2,6 +2,7 @@
 from ._family import Family, families, family_of, register_family
 from ._token_labels import TokenLabelModel, TokenLabelOutput, token_label_loss
 from ._warm_start import WarmStartReport, warm_start
+from ._warm_up import warm_up
 from .axial_resnet import AxialResNet
 from .elsa_swin import ElsaSwin
 from .elsa_volo import ElsaVolo
@@ -17,7 +18,7 @@ __all__ = [
     'AxialResNet', 'DEFAULT_MODEL', 'ElsaSwin', 'ElsaVolo', 'Family', 'FocalTransformer', 'GsaResNet',
     'KeyOnlyResNet', 'LGTransformer', 'MixerSwin', 'RefinerVit', 'SMALL_MODEL', 'SasaResNet', 'TokenLabelModel',
     'TokenLabelOutput', 'WarmStartReport', 'families', 'family_of', 'register_family', 'token_label_loss',
-    'warm_start',
+    'warm_start', 'warm_up',
 ]
 
 # what is taken where none is named: for dense tasks, and to try things out

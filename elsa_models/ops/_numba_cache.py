@@ -61,6 +61,7 @@ class KernelCache(_Cache):
                 return CompileResult._rebuild(target_context, *pickle.loads(payload))
             except Exception as error:  # whatever another version may have left
                 _logger.info('%s cannot be used (%r); compiling anew.', folder / name, error)
+        _logger.info('Compiling the kernel %s for this CPU, which takes some seconds, once.', self._name)
         return None
 
     def save_overload(self, sig, cres: CompileResult) -> None:
