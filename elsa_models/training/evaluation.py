@@ -22,6 +22,7 @@ def create_eval_loader(
         world: World,
         data_config: Dict[str, Any],
         workers: int = 0,
+        report: bool = True,
 ) -> EvalLoader:
     """A loader for `predict`.
 
@@ -31,6 +32,7 @@ def create_eval_loader(
         world: This process.
         data_config: Size, mean and std, as `timm.data.resolve_data_config` returns them.
         workers: Processes that load.
+        report: Warn of each image that cannot be read, once.
     """
     return EvalLoader(
         dataset,
@@ -40,6 +42,7 @@ def create_eval_loader(
         workers=workers,
         collate=fast_collate,
         wrap=partial(normalised, data_config=data_config, device=world.device),
+        report=report,
     )
 
 

@@ -32,19 +32,20 @@ class Samples(Dataset):
     Samples that cannot be read are counted and replaced.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, missing: Any = None, times: int = 1) -> None:
+    def __init__(self, dataset: Dataset, seed: int, missing: Any = None, times: int = 1, report: bool = True) -> None:
         """
         Args:
             dataset: Returns samples by their number; raises OSError or DataError for one that cannot be read.
             seed: Seed of the augmentation.
             missing: Sample to return in place of what cannot be read; None for the next that can.
             times: How often each sample is in it, with augmentations of its own.
+            report: Warn of each sample that cannot be read, once.
         """
         self.dataset = dataset
         self.seed = seed
         self.missing = missing
         self.times = times
-        self._reported = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # by whatever worker
+        self._reported = torch.full((len(dataset),), not report).share_memory_()  # by whatever worker
         self._unreadable = multiprocessing.Value('q', 0)  # of all workers
 
     def __len__(self) -> int:
@@ -215,6 +216,7 @@ class EvalLoader:
             workers: int = 0,
             collate: Optional[Callable[[List[Any]], Any]] = None,
             wrap: Callable[[DataLoader], Any] = lambda loader: loader,
+            report: bool = True,
     ) -> None:
         """
         Args:
@@ -225,6 +227,7 @@ class EvalLoader:
             workers: Processes that load.
             collate: Makes a batch of samples.
             wrap: Applied to the loader.
+            report: Warn of each image that cannot be read, once.
         """
         common = dict(
             num_workers=workers,
@@ -243,7 +246,7 @@ class EvalLoader:
                 dataset.set_loader_cfg(num_workers=workers)
             loader = DataLoader(dataset, batch_size=batch_size, **common)
         else:
-            self.samples = Samples(dataset, 0, missing)
+            self.samples = Samples(dataset, 0, missing, report=report)
             places = [(0, index) for index in range(len(dataset))]
             batches = [places[i:i + batch_size] for i in range(0, len(places), batch_size)]
             mine = batches[world.rank::world.size]

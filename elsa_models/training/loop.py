@@ -313,7 +313,7 @@ class Trainer:
     def _end_epoch(self, row: Dict[str, Any], value: float) -> None:
         if row['unreadable']:
             _logger.warning(
-                'in epoch %d, an image that could not be read was skipped %d times', row['epoch'], row['unreadable'])
+                'in epoch %d, attempts at images that cannot be read: %d', row['epoch'], row['unreadable'])
         self.history.append(row)
         sign = 1. if self.job.higher_is_better else -1.
         is_best = self.best is None or sign * value >= sign * self.best.value

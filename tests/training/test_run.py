@@ -178,7 +178,7 @@ def test_confusion_of_a_share_of_a_stream_is_not_drawn(tmp_path, shards, caplog)
         'figures': True})
     job = ClassificationJob(recipe, World(torch.device('cpu')))
     job.world = World(torch.device('cpu'), 0, 2)  # nothing is gathered at the end
-    job.finish(job.model.eval(), tmp_path, [dict(epoch=1, train_loss=1., val_loss=1., val_top1=50.)])
+    job.finish(job.model.eval(), tmp_path, [dict(epoch=1, train_loss=1., val_loss=1., val_top1=50., val_images=8)])
     assert (tmp_path / 'curves.png').exists() and not (tmp_path / 'confusion.png').exists()
     assert 'confusion.png: not drawn' in caplog.text
 
@@ -192,8 +192,20 @@ def test_unreadable_images_are_skipped_and_counted(tmp_path, image_folder, caplo
     result = _run(tmp_path, data=str(parts), limit=0, epochs=1, batch_size=19)
     # x0, x1, x2 are the last, and each is replaced by the next that can be read: 3 + 2 + 1 attempts fail
     assert result.metrics['unreadable'] == 6 and result.metrics['val_images'] == 16
-    assert 'in epoch 1, an image that could not be read was skipped 6 times' in caplog.text
-    assert 'x1.jpg: cannot be read as an image' in caplog.text and '2 held-out images do not count' in caplog.text
+    assert 'in epoch 1, attempts at images that cannot be read: 6' in caplog.text
+    assert 'x1.jpg: cannot be read as an image' in caplog.text and 'and do not count: 2' in caplog.text
+
+
+def test_each_unreadable_image_is_named_once_a_run(tmp_path, image_folder, caplog):
+    shutil.copytree(image_folder, tmp_path / 'parts' / 'train')
+    shutil.copytree(image_folder, tmp_path / 'parts' / 'val')
+    files = [tmp_path / 'parts' / part / 'red' / 'broken.jpg' for part in ('train', 'val')]
+    for file in files:
+        file.write_bytes(b'no image')
+    result = _run(tmp_path, data=str(tmp_path / 'parts'), limit=0, figures=True, epochs=2, batch_size=4)
+    assert [caplog.text.count(f'{file}: cannot be read') for file in files] == [1, 1]
+    assert caplog.text.count('do not count: 1') == 1
+    assert 'Accuracy on 16 held-out images' in (result.folder / 'model' / 'README.md').read_text()
 
 
 def test_one_channel(tmp_path):

@@ -100,6 +100,7 @@ class ClassificationJob(Job):
             min_steps=recipe.steps_per_epoch,
         )
         self._eval_loader = self._create_eval_loader(world)
+        self._missing = 0  # held-out images, when last evaluated
         self.task = self._create_task(model)
         self._erase = None
         if recipe.re_prob:
@@ -134,10 +135,11 @@ class ClassificationJob(Job):
         return TokenLabelledImages(
             images, maps, transforms, recipe.hflip, recipe.vflip), collate
 
-    def _create_eval_loader(self, world: World) -> EvalLoader:
+    def _create_eval_loader(self, world: World, report: bool = True) -> EvalLoader:
         """The held-out images, shared among the processes of `world`."""
         recipe = self.recipe
-        return create_eval_loader(self.splits.val, recipe.eval_batch_size, world, self.data_config, recipe.workers)
+        return create_eval_loader(
+            self.splits.val, recipe.eval_batch_size, world, self.data_config, recipe.workers, report)
 
     def _create_task(self, model: nn.Module) -> TrainingTask:
         recipe, device = self.recipe, self.world.device
@@ -201,8 +203,10 @@ class ClassificationJob(Job):
     def evaluate(self, model: nn.Module) -> Dict[str, float]:
         """Loss, top-1 and top-5 accuracy of the held-out images."""
         metrics = predict(model, self._eval_loader, self.world).metrics()
-        if self.world.is_main and metrics['images'] < len(self.splits.val):
-            _logger.warning('%d held-out images do not count', len(self.splits.val) - metrics['images'])
+        missing = len(self.splits.val) - metrics['images']
+        if self.world.is_main and missing > self._missing:
+            _logger.warning('held-out images that cannot be read, and do not count: %d', missing)
+        self._missing = missing
         return metrics
 
     def _load(self, index: int) -> torch.Tensor:
@@ -235,7 +239,7 @@ class ClassificationJob(Job):
             return
         alone = World(self.world.device)
         with torch.no_grad():
-            found = predict(model, self._create_eval_loader(alone), alone)
+            found = predict(model, self._create_eval_loader(alone, report=False), alone)  # evaluation has reported
         pair = (found.targets, found.predicted, class_names)
         figures.write_classes(*pair, folder / CLASSES)
         draw('confusion', figures.draw_confusion, *pair, folder / CONFUSION)
@@ -257,7 +261,7 @@ class ClassificationJob(Job):
             config['pretrained_cfg'].get('license') or UNKNOWN,
             sha256_of(folder / 'model.safetensors'),
             source=f'epochs | {best["epoch"]:.0f} of {len(history)}, the best on the held-out images',
-            accuracy=f'Accuracy on {len(self.splits.val)} held-out images, by which the epoch was chosen:'
+            accuracy=f'Accuracy on {best["val_images"]:.0f} held-out images, by which the epoch was chosen:'
                      f' {best[key]:.2f} % top-1.',
             data_config=self.data_config,
         )
