@@ -4,6 +4,7 @@ timm's saver unlinks the last checkpoint before it puts the next in its place, a
 killed at any moment and goes on within an epoch needs more.
 """
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any, Collection, Dict, List, Optional, Union
 
@@ -21,6 +22,14 @@ def _save(value: Any, path: Path) -> None:
     except (OSError, RuntimeError) as e:  # torch reports a short write as RuntimeError
         why = 'its folder has been moved or removed' if not path.parent.is_dir() else e
         raise OutputError(f'{path}: cannot be written ({why}). Former checkpoints are as they were.') from e
+
+
+def _load(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # torch writes checksums, and reads without comparing them
+    if damaged is not None:
+        raise ValueError(f'{damaged} in it is not what was written')
+    return torch.load(path, map_location='cpu', weights_only=True)
 
 
 class Checkpoints:
@@ -71,7 +80,7 @@ class Checkpoints:
             OutputError: It cannot be read.
         """
         try:
-            return torch.load(self.best, map_location='cpu', weights_only=True)
+            return _load(self.best)
         except Exception as e:  # damaged files make torch raise nearly anything
             raise OutputError(
                 f'{self.best}: cannot be read ({type(e).__name__}: {e}). Remove it and the newest'
@@ -88,7 +97,7 @@ class Checkpoints:
         """
         for file in self.files():
             try:
-                state = torch.load(file, map_location='cpu', weights_only=True)
+                state = _load(file)
                 missing = sorted(set(names) - state.keys())
                 if not missing:
                     return state

@@ -25,7 +25,17 @@ def test_newest_are_kept_and_the_best_beside_them(tmp_path):
     assert checkpoints.load_best() == dict(step=20)
 
 
-@pytest.mark.parametrize('damage', ['empty', 'cut', 'noise', 'list', 'other', 'IndexError', 'KeyError'])
+def test_damaged_best_weights_are_told(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save_best(dict(x=torch.randn(1000)))
+    content = bytearray(checkpoints.best.read_bytes())
+    content[len(content) // 2] ^= 64
+    checkpoints.best.write_bytes(content)
+    with pytest.raises(OutputError, match=r'best\.pt: cannot be read .*is not what was written.*goes on from the one'):
+        checkpoints.load_best()
+
+
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'noise', 'bit', 'list', 'other', 'IndexError', 'KeyError'])
 def test_damaged_checkpoint_is_passed_over(tmp_path, damage, caplog, monkeypatch):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
@@ -44,7 +54,10 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, damage, caplog, monkeypatch
 
         monkeypatch.setattr(torch, 'load', damaged)
     else:
-        newest.write_bytes(dict(empty=b'', cut=content[:len(content) // 2], noise=bytes(range(256)) * 20)[damage])
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 64  # of a weight
+        newest.write_bytes(dict(
+            empty=b'', cut=content[:len(content) // 2], noise=bytes(range(256)) * 20, bit=flipped)[damage])
     assert checkpoints.load_newest(['step'])['step'] == 1
     assert 'step-0000000002.pt: cannot be read' in caplog.text
     checkpoints.files()[1].write_bytes(b'')
