@@ -1,4 +1,6 @@
 """Global self-attention against recorded numbers and a loop over pairs of pixels."""
+import warnings
+
 import pytest
 import torch
 import torch.nn as nn
@@ -232,3 +234,11 @@ def test_graphs_for_any_size(kwargs, train):
         program = torch.export.export(layer, (torch.randn(2, 6, 6, 8),), dynamic_shapes=(dims,))
         for y in (x, larger):
             assert_near(program.module()(y), layer(y), 1e-6)
+
+
+def test_a_trace_decides_nothing_by_sizes():
+    layer, x = make(8, 2, (5, 6)).float().eval(), torch.randn(2, 5, 6, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', torch.jit.TracerWarning)
+        traced = torch.jit.trace(layer, x, check_trace=False)
+    assert_near(traced(x), layer(x), 1e-6)

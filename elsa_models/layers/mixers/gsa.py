@@ -59,7 +59,7 @@ def _attend_rows(q: torch.Tensor, v: torch.Tensor, rel: torch.Tensor, num_heads:
     step = lines
     if not sizes_are_open():
         step = lines_at_once(W, 1, q.is_cuda)
-    if step < lines:
+    if not sizes_are_open() and step < lines:
         x = torch.cat([_weigh(a, b, rel) for a, b in zip(q.split(step, dim=1), v.split(step))])
     else:
         x = _weigh(q, v, rel)
