@@ -1,5 +1,6 @@
 """Runs as processes of their own: killed and continued, and several that work together."""
 import ast
+import importlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +31,16 @@ JOBS = {  # script, recipe, small values, steps of an epoch
 }
 
 
-def _command(folder, *arguments, processes=1, job='classification'):
-    launcher = [] if processes == 1 else [
-        '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)]
-    script, recipe, small, _ = JOBS[job]
-    command = [str(ROOT / 'scripts' / script), '--config', str(ROOT / 'configs' / recipe)]
-    return [sys.executable, *launcher, *command, *small, '--output', str(folder), *arguments]
+def _arguments(folder, job, arguments):
+    _, recipe, small, _ = JOBS[job]
+    return ['--config', str(ROOT / 'configs' / recipe), *small, '--output', str(folder), *arguments]
+
+
+def _run(script, arguments):
+    """What the scripts do, in a process that has imported everything already."""
+    torch.set_num_threads(1)
+    command = importlib.import_module(f'elsa_models.commands.{script.removesuffix(".py")}')
+    sys.exit(command.main(arguments))
 
 
 def _need(job):
@@ -43,16 +49,29 @@ def _need(job):
         pytest.importorskip(packages[job])
 
 
-def _start(*args, **kwargs):
+def _start(folder, *arguments, job='classification'):
+    return Forked(_run, (JOBS[job][0], _arguments(folder, job, arguments)), cwd=ROOT)
+
+
+def _launch(folder, *arguments, job='classification'):
+    """Two processes under torchrun."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     return subprocess.Popen(
-        _command(*args, **kwargs), env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        [sys.executable, *launcher, str(ROOT / 'scripts' / JOBS[job][0]), *_arguments(folder, job, arguments)],
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True)
 
 
-def _train(*args, **kwargs):
-    process = _start(*args, **kwargs)
+def _train(*args, processes=1, **kwargs):
+    process = (_start if processes == 1 else _launch)(*args, **kwargs)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
+
+
+def _wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
 
 
 def _result(folder):
@@ -81,12 +100,10 @@ def _kill_and_continue(tmp_path, kills, epochs, *values, job='classification'):
     # at random steps, and there at any moment within a step
     for target in sorted(generator.sample(range(1, steps), kills)):
         process = _start(tmp_path / 'killed', *arguments, job=job)
-        while not (folder / f'step-{target:010d}.pt').exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.001)
+        _wait_for(folder / f'step-{target:010d}.pt', process)
         time.sleep(generator.uniform(0., 0.1))
-        process.kill()
-        process.wait()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
         assert process.returncode == -signal.SIGKILL  # it was not at its end
     _train(tmp_path / 'killed', *arguments, job=job)
     assert sorted(p.name for p in (tmp_path / 'killed').iterdir()) == [name]
@@ -151,11 +168,8 @@ def test_dense_jobs_in_two_processes_go_on(tmp_path, job):
     _need(job)
     arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '2', '--epochs', '2', '--clip-grad', '1.']
     _train(tmp_path / 'whole', *arguments, processes=2, job=job)
-    process = _start(tmp_path / 'killed', *arguments, processes=2, job=job)
-    checkpoint = tmp_path / 'killed' / f'shapes_{job}-running' / 'checkpoints' / 'step-0000000002.pt'
-    while not checkpoint.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.001)
+    process = _launch(tmp_path / 'killed', *arguments, job=job)
+    _wait_for(tmp_path / 'killed' / f'shapes_{job}-running' / 'checkpoints' / 'step-0000000002.pt', process)
     process.terminate()
     process.communicate(timeout=60)
     assert not (tmp_path / 'killed' / f'shapes_{job}').exists()
@@ -176,11 +190,8 @@ def test_two_processes_go_on(tmp_path, arguments):
     # processes agree on a stop where they log
     arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '4', '--log-steps', '1', '--epochs', '1', *arguments]
     _train(tmp_path / 'whole', *arguments, processes=2)
-    process = _start(tmp_path / 'killed', *arguments, processes=2)
-    checkpoint = tmp_path / 'killed' / 'digits-running' / 'checkpoints' / 'step-0000000004.pt'
-    while not checkpoint.exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.001)
+    process = _launch(tmp_path / 'killed', *arguments)
+    _wait_for(tmp_path / 'killed' / 'digits-running' / 'checkpoints' / 'step-0000000004.pt', process)
     process.terminate()  # torchrun ends its processes
     process.communicate(timeout=60)
     assert not (tmp_path / 'killed' / 'digits').exists()
