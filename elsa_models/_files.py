@@ -123,14 +123,17 @@ def replace_folder(folder: Union[str, Path], names: Collection[str]) -> Iterator
         The temporary folder, empty.
 
     Raises:
-        OutputError: `folder` holds something that is not in `names`.
+        OutputError: `folder` holds something that is not in `names`, or cannot be made.
     """
     folder = Path(folder).absolute()
-    recover(folder)
-    check_replaceable(folder, names)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(folder)
-    temporary.mkdir()
+    try:
+        recover(folder)
+        check_replaceable(folder, names)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as e:
+        raise OutputError(f'{folder}: cannot be written ({e}).') from e
     lock = _lock(temporary)
     try:
         yield temporary

@@ -92,6 +92,15 @@ def test_what_another_process_works_on_is_left_alone(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.result-deadbeef', 'result']
 
 
+@pytest.mark.parametrize('name', ['file/result', 'x' * 300])
+def test_folder_that_cannot_be_made_is_one_error(tmp_path, name):
+    (tmp_path / 'file').touch()
+    with pytest.raises(OutputError, match='result: cannot be written|xxx: cannot be written'):
+        with replace_folder(tmp_path / name, ['a']):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
 def test_foreign_content_is_never_replaced(tmp_path):
     folder = tmp_path / 'result'
     folder.mkdir()

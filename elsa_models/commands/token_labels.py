@@ -47,7 +47,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         size = None if args.size is None else (args.size, args.size)
         make_label_maps(
             classifier.model, args.teacher, images, args.output, size, args.top_k, args.batch_size, args.workers)
-    except (ValueError, ImportError) as e:
+    except (ValueError, OSError, ImportError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 2
     print(f'label maps of {len(images)} images: {args.output}')

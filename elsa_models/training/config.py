@@ -172,6 +172,8 @@ class BaseRecipe(Values):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if '\0' in self.output:
+            raise RecipeError(f'output: got {self.output!r}, must be the name of a folder.')
         if self.name and (self.name != _folder_name(self.name) or self.name in ('.', '..')):
             raise RecipeError(
                 f'name: got {self.name!r}, must be the name of a folder within output, without separators and control'

@@ -367,6 +367,8 @@ def test_advice_at_the_end_is_for_runs_from_random_weights(tmp_path, full, image
 
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('x')
+    with pytest.raises(RecipeError, match='output: got'):
+        Recipe(output='a\0b')
     for arguments in (dict(output=str(tmp_path / 'file')), dict(output=str(tmp_path), name='x' * 300)):
         with pytest.raises(OutputError, match='cannot be written|is a file'):
             run(Recipe(**{**SMALL, **arguments}))
