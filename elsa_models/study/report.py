@@ -90,10 +90,11 @@ class Outcome:
             if reading == settings.readings[0] or mixer != settings.baseline)
         return tune + test, self.study.size
 
-    def difference(self, contrast: Contrast, reading: str) -> Optional[Interval]:
-        """Ours - theirs by seed; None where fewer than two seeds have both."""
+    def difference(self, ours: str, theirs: str, reading: str) -> Optional[Interval]:
+        """Scores of one mixer less those of another by seed; None until all seeds have both: two tell nothing."""
         scores = self.scores.get(reading, {})
-        return paired(scores.get(contrast.ours, {}), scores.get(contrast.theirs, {}))
+        a, b = scores.get(ours, {}), scores.get(theirs, {})
+        return paired(a, b) if all(seed in a and seed in b for seed in self.study.settings.seeds) else None
 
 
 def read_costs(path: Path) -> Dict[Tuple[str, str, str], Dict[str, str]]:
@@ -130,7 +131,7 @@ def results_table(outcome: Outcome, reading: str, costs: Dict) -> str:
     for mixer in sorted(means, key=lambda name: -means[name]):
         of_mixer = interval(list(scores[mixer].values()))
         score = f'{means[mixer]:.2f}' + (f' ± {of_mixer.std:.2f}' if of_mixer else '')
-        to_baseline = paired(scores[mixer], scores.get(baseline, {})) if mixer != baseline else None
+        to_baseline = outcome.difference(mixer, baseline, reading) if mixer != baseline else None
         cost = cost_of(costs, outcome.study, SWAP if mixer == baseline else reading, mixer) or {}
         network = (outcome.study.settings.model, outcome.study.model_args(mixer, reading))
         cells = [
@@ -165,8 +166,8 @@ def contrasts_table(outcomes: Sequence[Outcome], contrasts: Sequence[Contrast], 
         for reading in contrast.readings:
             cells = []
             for outcome in outcomes:
-                difference = outcome.difference(contrast, reading)
-                text = shown(difference) or 'not run'
+                difference = outcome.difference(contrast.ours, contrast.theirs, reading)
+                text = shown(difference) or 'not all run'
                 cells.append(f'{verdict(difference)}: {text}' if verdicts and difference else text)
             lines.append(
                 f'| {contrast.question} | {contrast.ours} − {contrast.theirs} | {reading} | {" | ".join(cells)} |')
@@ -235,7 +236,7 @@ def _draw_accuracy(outcomes: Sequence[Outcome], costs: Dict) -> object:
     """Score against multiply-accumulates, with intervals of the mean; a panel for each study and reading."""
     panels = [
         (outcome, reading) for outcome in outcomes for reading, scores in outcome.scores.items()
-        if any(len(values) > 1 for mixer, values in scores.items() if mixer != outcome.study.settings.baseline)]
+        if all(len(scores.get(mixer, {})) == len(outcome.study.settings.seeds) for mixer in outcome.lrs)]
     number = max(1, len(panels))
     figure = require('matplotlib.figure').Figure(figsize=(8.5 * number, 6.), layout='constrained')
     for ax, (outcome, reading) in zip(figure.subplots(1, number, squeeze=False)[0], panels):
@@ -299,7 +300,7 @@ def _draw_factors(outcomes: Sequence[Outcome], costs: Dict) -> object:
     axes = figure.subplots(1, len(outcomes), sharey=True, squeeze=False)[0]
     for ax, outcome in zip(axes, outcomes):
         for place, contrast in enumerate(FACTORS):
-            found = outcome.difference(contrast, SWAP)
+            found = outcome.difference(contrast.ours, contrast.theirs, SWAP)
             if found is not None:
                 ax.errorbar(
                     found.mean, place, xerr=found.high - found.mean, fmt='o', capsize=3,

@@ -157,3 +157,14 @@ def test_report(study, whole, tmp_path):
     assert len(written) == 3 and all(path.is_file() for path in written)
     report.report([study], whole, document, tmp_path)
     assert document.read_text() == text
+
+
+def test_nothing_is_said_of_differences_before_all_seeds_have_run(study, whole, tmp_path):
+    part = whole._replace(results=tmp_path)
+    found = whole.of('tiny').rows()
+    last = next(row for row in found if (row['mixer'], row['phase'], row['reading']) == ('depthwise', 'test', 'swap'))
+    part.of('tiny').add(row for row in found if row != last)
+    outcome = report.Outcome(runner.Study(study), part)
+    assert len(outcome.scores['swap']['depthwise']) == 1
+    assert outcome.difference('depthwise', 'window_bias', 'swap') is None
+    assert report.Outcome(runner.Study(study), whole).difference('depthwise', 'window_bias', 'swap') is not None
