@@ -201,7 +201,7 @@ def test_two_processes_go_on(tmp_path, arguments):
 
 EVALUATE = '''
 import sys, torch, timm, elsa_models
-from elsa_models.training.world import join_world
+from elsa_models.training.world import join_world, leave_world
 job = sys.argv[1]
 world = join_world('cpu')
 torch.manual_seed(0)
@@ -229,6 +229,8 @@ with torch.no_grad():
     metrics = job.evaluate(model)
 if world.is_main:
     print(metrics)
+world.barrier()  # nobody ends while others still listen
+leave_world()
 '''
 
 
@@ -241,9 +243,10 @@ def test_two_processes_evaluate_as_one(tmp_path, job):
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     printed = []
     for launcher in ([], ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']):
-        printed.append(subprocess.run(
-            [sys.executable, *launcher, str(script), job], env=environment, capture_output=True, text=True, check=True,
-            timeout=300).stdout)
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), job], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
     one, two = (ast.literal_eval(text) for text in printed)
     if job == 'classification':
         assert one['images'] == 50
