@@ -86,6 +86,7 @@ def reestimate(
         world: World,
         data_config: Dict[str, Any],
         workers: int = 0,
+        report: bool = True,
 ) -> None:
     """Find the statistics of a model's batch norms anew, on images drawn from those to train on.
 
@@ -99,6 +100,7 @@ def reestimate(
         world: This process.
         data_config: As in `create_eval_loader`.
         workers: Processes that load.
+        report: Warn of each image that cannot be read; not where the same images are read again.
 
     Raises:
         RecipeError: The images are a stream, or the model has no batch norm.
@@ -111,7 +113,7 @@ def reestimate(
     images = copy.copy(images)
     images.transform = create_eval_transform(data_config)
     loader = create_eval_loader(
-        Subset(images, order.tolist()), batch_size, World(world.device), data_config, workers)
+        Subset(images, order.tolist()), batch_size, World(world.device), data_config, workers, report)
     try:
         reestimate_batch_norm(model, (batch[targets >= 0] for batch, targets in loader))
     except ValueError as e:

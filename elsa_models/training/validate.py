@@ -40,7 +40,7 @@ def validate(values: Validation) -> Dict[str, Any]:
         splits.set_mode(color_mode(classifier.data_config))
         reestimate(
             classifier.model, splits.train, values.reestimate, values.batch_size, world, classifier.data_config,
-            values.workers)
+            values.workers, report=world.is_main and values.part == 'val')
     dataset = splits.part(values.part)
     dataset.transform = create_eval_transform(classifier.data_config)
     splits.set_mode(color_mode(classifier.data_config))

@@ -67,3 +67,20 @@ def test_what_cannot_be_found_anew_is_refused():
 
     with pytest.raises(RecipeError, match='reestimate: images that come as a stream'):
         reestimate(model, Stream(), 8, 8, World(torch.device('cpu')), CONFIG)
+
+
+@pytest.mark.parametrize('part', ['val', 'all'])
+def test_what_cannot_be_read_is_named_once(image_folder, caplog, part):
+    (image_folder / 'red' / '3.png').write_bytes(b'no image')
+    validate(Validation(
+        data=str(image_folder), model='test_refiner_vit', pretrained=False, model_args=dict(img_size=32, depth=1),
+        num_classes=2, part=part, reestimate=1000, val_fraction=.25))
+    assert sum('3.png' in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_training_names_what_cannot_be_read_when_it_comes_to_it(image_folder, caplog):
+    (image_folder / 'red' / '3.png').write_bytes(b'no image')
+    ClassificationJob(Recipe(
+        data=str(image_folder), model='test_refiner_vit', model_args=dict(img_size=32, depth=1), reestimate=1000,
+        figures=False, onnx=False), World(torch.device('cpu')))
+    assert not any('3.png' in record.getMessage() for record in caplog.records)

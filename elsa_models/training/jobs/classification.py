@@ -85,7 +85,7 @@ class ClassificationJob(Job):
         if recipe.reestimate:
             reestimate(
                 model, self.splits.train, recipe.reestimate, recipe.eval_batch_size, world, self.data_config,
-                recipe.workers)
+                recipe.workers, report=False)
         train, collate_train = self._train_images()
         self.splits.val.transform = create_eval_transform(self.data_config)
         self.train_loader = TrainLoader(
