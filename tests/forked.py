@@ -7,9 +7,11 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from unittest import mock
 
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['torch', 'timm', 'gdown', 'onnxruntime', 'elsa_models'])
+_AT_FIRST = dict(os.environ)  # what modules read when they are imported may not depend on the test that comes first
 
 
 def _run(function, args, env, cwd, paths, output):
@@ -20,6 +22,8 @@ def _run(function, args, env, cwd, paths, output):
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    from huggingface_hub import constants  # imported already, when the variable was another
+    constants.HF_HUB_OFFLINE = env.get('HF_HUB_OFFLINE') == '1'
     sys.path[:0] = paths
     status = 0
     try:
@@ -54,7 +58,8 @@ class Forked:
         env = dict(os.environ if env is None else env)
         arguments = (function, args, env, str(cwd), [str(p) for p in paths], self._output)
         self._process = CONTEXT.Process(target=_run, args=arguments, daemon=True)
-        self._process.start()
+        with mock.patch.dict(os.environ, _AT_FIRST, clear=True):
+            self._process.start()
 
     @property
     def returncode(self):

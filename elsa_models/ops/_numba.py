@@ -16,12 +16,12 @@ import os
 import threading
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from torch.autograd import forward_ad
 
-from . import _threads
+from . import _openmp, _threads
 from .backends import AUTO, get_backend
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _PRODUCTS_PER_THREAD = 1 << 18  # fewer are done before another thread has woken
 _WIDTHS = (32, 16, 12, 8, 4, 2, 1)  # of vectors, the first for CPUs with AVX-512
 
 _compiling = threading.RLock()
-_compiled: Dict[Tuple, Callable] = {}
+_compiled: Dict[Tuple, '_Code'] = {}
 
 if hasattr(os, 'register_at_fork'):  # a child of a process that is compiling would wait for ever
     os.register_at_fork(
@@ -95,7 +95,7 @@ def _probe() -> None:
     from ._simd import Vector
     numbers = (ctypes.c_float * 8)(*range(8))
     arguments = Vector(types.float32, 8), ctypes.addressof(numbers), 8
-    _entry_point(f'{__package__}._numba_probe', 'double', arguments)(*arguments)
+    _code(f'{__package__}._numba_probe', 'double', arguments).call(*arguments)
     if list(numbers) != [2. * k for k in range(8)]:
         raise RuntimeError(f'twice 0 to 7 is {list(numbers)}')
 
@@ -120,11 +120,21 @@ def run(kernels: str, kernel: str, products: int, vec: Any, lanes: Any, tasks: i
     arguments = (
         vec, lanes, ctypes.addressof(counter), tasks,
         *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args))
-    call = functools.partial(_entry_point(kernels, kernel, arguments), *arguments)
-    _threads.share(call, min(torch.get_num_threads(), tasks, 1 + products // _PRODUCTS_PER_THREAD))
+    code = _code(kernels, kernel, arguments)
+    threads = min(torch.get_num_threads(), tasks, 1 + products // _PRODUCTS_PER_THREAD)
+    if threads > 1 and _openmp.serves():
+        _openmp.run(code.address, arguments, torch.get_num_threads())  # fewer would end the others
+    else:
+        _threads.share(functools.partial(code.call, *arguments), threads)
 
 
-def _entry_point(kernels: str, kernel: str, arguments: Tuple) -> Callable:
+class _Code(NamedTuple):
+    """A kernel for arguments of certain types."""
+    call: Callable  # from Python
+    address: int  # for callers in C
+
+
+def _code(kernels: str, kernel: str, arguments: Tuple) -> _Code:
     """The code of a kernel for arguments of these types: Numba would look at each of them again at every call."""
     kinds = tuple(x if _is_vector(x) else type(x) for x in arguments)
     key = kernels, kernel, kinds
@@ -139,14 +149,17 @@ def _is_vector(x: Any) -> bool:
     return not isinstance(x, (int, bool, type(None)))
 
 
-def _compile(module: ModuleType, kernel: str, kinds: Tuple) -> Callable:
+def _compile(module: ModuleType, kernel: str, kinds: Tuple) -> _Code:
     from numba import typeof, types
 
     from ._numba_cache import KernelCache
     known = {int: types.int64, bool: types.boolean, type(None): types.none}
     dispatcher = getattr(module, kernel)
     dispatcher._cache = KernelCache(dispatcher.py_func, _sources(module))
-    return dispatcher.compile(tuple(known[k] if k in known else typeof(k) for k in kinds))
+    signature = tuple(known[k] if k in known else typeof(k) for k in kinds)
+    call = dispatcher.compile(signature)
+    result = dispatcher.overloads[signature]
+    return _Code(call, result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
 
 
 def _sources(module: ModuleType) -> Tuple[Path, ...]:

@@ -25,7 +25,6 @@ def _run(code, drive):
     constants.HF_TOKEN_PATH, constants.HF_HUB_DISABLE_XET = str(home / 'token'), True
     constants.ENDPOINT = os.environ['HF_ENDPOINT']
     constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + '/{repo_id}/resolve/{revision}/{filename}'
-    constants.HF_HUB_OFFLINE = os.environ.get('HF_HUB_OFFLINE') == '1'
     disable_progress_bars()
     import released  # noqa: F401
     import servers

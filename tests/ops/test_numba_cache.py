@@ -89,7 +89,7 @@ def _call(module):
     from elsa_models.ops._simd import Vector
     numbers = (ctypes.c_float * 8)(*range(8))
     arguments = Vector(types.float32, 8), ctypes.addressof(numbers), 8
-    _numba._compile(module, 'double', (arguments[0], int, int))(*arguments)
+    _numba._compile(module, 'double', (arguments[0], int, int)).call(*arguments)
     assert list(numbers) == [2. * k for k in range(8)]
     return sum(module.double.stats.cache_hits.values()) == 1
 

@@ -2,6 +2,7 @@
 
 Most of this runs in processes of its own, since what it guards against ends a process.
 """
+import ctypes
 import os
 import textwrap
 import threading
@@ -10,7 +11,7 @@ import programs
 import pytest
 import torch
 
-from elsa_models.ops import _numba, _threads
+from elsa_models.ops import _numba, _openmp, _threads
 from elsa_models.ops.local_attention import eager, numba as numba_backend
 
 PRELUDE = '''
@@ -56,15 +57,21 @@ def test_pytorchs_number_of_threads_stays():
         torch.set_num_threads(3)
         solve(problem())
         assert torch.get_num_threads() == 3
-        from elsa_models.ops import _threads
-        assert _threads._helpers.threads
+        from elsa_models.ops import _openmp, _threads
+        assert _openmp.serves() != bool(_threads._helpers.threads)
+        _openmp.serves = lambda: False  # where PyTorch's threads are not OpenMP's
+        solve(problem())
+        assert torch.get_num_threads() == 3 and _threads._helpers.threads
     ''', NUMBA_NUM_THREADS='16')
 
 
 @pytest.mark.parametrize('backend', [pytest.param(numba_backend, marks=needs_numba, id='numba'),
                                      pytest.param(eager, id='torch')])
 @pytest.mark.parametrize('kernel_size, ghosts', [(3, 'a'), (5, 'ma')])
-def test_same_bits_in_every_thread(backend, kernel_size, ghosts):
+@pytest.mark.parametrize('openmp', [True, False])
+def test_same_bits_in_every_thread(backend, kernel_size, ghosts, openmp, monkeypatch):
+    if not openmp:
+        monkeypatch.setattr(_openmp, 'serves', lambda: False)
     shape, K = (3, 17, 18, 48), kernel_size
     value, grad, logits = torch.randn(shape), torch.randn(shape), torch.randn(3, 17, 18, 3, K * K)
     mul, add = (torch.randn(48, K, K) if x in ghosts else None for x in 'ma')
@@ -92,6 +99,30 @@ def test_same_bits_in_every_thread(backend, kernel_size, ghosts):
     first, *rest = results.values()
     for result in rest:
         assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(result, first, strict=True))
+
+
+@pytest.mark.skipif(not _openmp.serves(), reason='needs a PyTorch whose threads are OpenMP\'s')
+@needs_numba
+def test_pytorchs_threads_get_all_arguments():
+    # more than registers hold, of every kind, by each thread: what is missing or moved is another number
+    import numba
+
+    from elsa_models.ops import _simd
+
+    @numba.njit(nogil=True)
+    def kernel(words, a, b, c, d, e, f, g, h, yes, nothing, no):
+        _simd.claim(words)
+        for k, x in enumerate((a, b, c, d, e, f, g, h, int(yes), int(no))):
+            _simd.put(words, 1 + k, x)
+
+    words, kinds = (ctypes.c_int64 * 16)(), (*[numba.int64] * 9, numba.boolean, numba.none, numba.boolean)
+    kernel.compile(kinds)
+    result = kernel.overloads[kinds]
+    code = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+    for threads in (1, 2, 5):
+        _openmp.run(code, (ctypes.addressof(words), *range(-3, 5), True, None, False), threads)
+        assert words[0] == threads and list(words)[1:11] == [*range(-3, 5), 1, 0]
+        words[0] = 0
 
 
 def test_work_is_shared_and_done_once(monkeypatch):

@@ -5,15 +5,19 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from forked import Forked
 from safetensors.torch import load_file
+
+from elsa_models.training.world import join_world, leave_world
 
 ROOT = Path(__file__).parents[2]
 DENSE = [
@@ -53,8 +57,39 @@ def _start(folder, *arguments, job='classification'):
     return Forked(_run, (JOBS[job][0], _arguments(folder, job, arguments)), cwd=ROOT)
 
 
-def _launch(folder, *arguments, job='classification'):
-    """Two processes under torchrun."""
+class _Pair:
+    """Two forked processes that work together, with the variables that torchrun sets; used as `Forked` is."""
+
+    def __init__(self, function, args=()):
+        with socket.create_server(('127.0.0.1', 0)) as server:
+            port = server.getsockname()[1]
+        variables = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2')
+        self._processes = [
+            Forked(function, args, dict(variables, RANK=rank, LOCAL_RANK=rank), cwd=ROOT) for rank in '01']
+
+    @property
+    def returncode(self):
+        statuses = [process.returncode for process in self._processes]
+        return None if None in statuses else next(filter(None, statuses), 0)
+
+    def poll(self):
+        return self.returncode
+
+    def terminate(self):
+        for process in self._processes:
+            process.send_signal(signal.SIGTERM)
+
+    def communicate(self, timeout=60):
+        outputs, errors = zip(*(process.communicate(timeout) for process in self._processes), strict=True)
+        return ''.join(outputs), ''.join(errors)
+
+
+def _fork_two(folder, *arguments, job='classification'):
+    return _Pair(_run, (JOBS[job][0], _arguments(folder, job, arguments)))
+
+
+def _torchrun(folder, *arguments, job='classification'):
+    """The same under torchrun, whose processes import everything first."""
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / 'scripts' / JOBS[job][0]), *_arguments(folder, job, arguments)],
@@ -62,8 +97,8 @@ def _launch(folder, *arguments, job='classification'):
         stderr=subprocess.PIPE, text=True)
 
 
-def _train(*args, processes=1, **kwargs):
-    process = (_start if processes == 1 else _launch)(*args, **kwargs)
+def _train(*args, start=_start, **kwargs):
+    process = start(*args, **kwargs)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
 
@@ -151,7 +186,7 @@ def test_two_processes_follow_one(tmp_path, arguments):
     # AdamW turns rounding of gradients near zero into steps of the size of lr
     arguments = [*arguments, '--model-args', 'drop_path_rate=0.', '--lr', '5e-4']
     _train(tmp_path / 'one', *arguments)
-    _train(tmp_path / 'two', *arguments, processes=2)
+    _train(tmp_path / 'two', *arguments, start=_fork_two)
     (model, _, log), (model2, _, log2) = _result(tmp_path / 'one'), _result(tmp_path / 'two')
     assert model.keys() == model2.keys()
     for name, x in model.items():
@@ -167,86 +202,83 @@ def test_two_processes_follow_one(tmp_path, arguments):
 def test_dense_jobs_in_two_processes_go_on(tmp_path, job):
     _need(job)
     arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '2', '--epochs', '2', '--clip-grad', '1.']
-    _train(tmp_path / 'whole', *arguments, processes=2, job=job)
-    process = _launch(tmp_path / 'killed', *arguments, job=job)
+    _train(tmp_path / 'whole', *arguments, start=_torchrun, job=job)
+    process = _torchrun(tmp_path / 'killed', *arguments, job=job)
     _wait_for(tmp_path / 'killed' / f'shapes_{job}-running' / 'checkpoints' / 'step-0000000002.pt', process)
     process.terminate()
     process.communicate(timeout=60)
     assert not (tmp_path / 'killed' / f'shapes_{job}').exists()
-    _train(tmp_path / 'killed', *arguments, processes=2, job=job)
+    _train(tmp_path / 'killed', *arguments, start=_torchrun, job=job)
     _assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
 
 
 VOLO = ['--model', 'test_elsa_volo', '--token-labels', 'image', '--config', str(ROOT / 'configs' / 'digits_volo.yaml')]
 
 
-@pytest.mark.parametrize('arguments', [
-    [],
-    pytest.param(['--fsdp', '--head-epochs', '1', '--epochs', '2'], marks=pytest.mark.slow),
-    pytest.param([*VOLO, '--model-args', 'use_mix_token=true', '--fsdp'], marks=pytest.mark.slow),
-    pytest.param([*VOLO, '--model-args', 'use_mix_token=true', '--amp', 'bfloat16'], marks=pytest.mark.slow),
+@pytest.mark.parametrize('start, arguments', [
+    (_fork_two, []),
+    pytest.param(_torchrun, [], marks=pytest.mark.slow),
+    pytest.param(_fork_two, ['--fsdp', '--head-epochs', '1', '--epochs', '2'], marks=pytest.mark.slow),
+    pytest.param(_fork_two, [*VOLO, '--model-args', 'use_mix_token=true', '--fsdp'], marks=pytest.mark.slow),
+    pytest.param(_fork_two, [*VOLO, '--model-args', 'use_mix_token=true', '--amp', 'bfloat16'], marks=pytest.mark.slow),
 ])
-def test_two_processes_go_on(tmp_path, arguments):
+def test_two_processes_go_on(tmp_path, start, arguments):
     # processes agree on a stop where they log
     arguments = ['--ema-decay', '0.9', '--checkpoint-steps', '4', '--log-steps', '1', '--epochs', '1', *arguments]
-    _train(tmp_path / 'whole', *arguments, processes=2)
-    process = _launch(tmp_path / 'killed', *arguments)
+    _train(tmp_path / 'whole', *arguments, start=start)
+    process = start(tmp_path / 'killed', *arguments)
     _wait_for(tmp_path / 'killed' / 'digits-running' / 'checkpoints' / 'step-0000000004.pt', process)
-    process.terminate()  # torchrun ends its processes
+    process.terminate()
     process.communicate(timeout=60)
     assert not (tmp_path / 'killed' / 'digits').exists()
-    _train(tmp_path / 'killed', *arguments, processes=2)
+    _train(tmp_path / 'killed', *arguments, start=start)
     _assert_same_bits(tmp_path / 'whole', tmp_path / 'killed')
 
 
-EVALUATE = '''
-import sys, torch, timm, elsa_models
-from elsa_models.training.world import join_world, leave_world
-job = sys.argv[1]
-world = join_world('cpu')
-torch.manual_seed(0)
-dense = dict(size=48, train_images=8, val_images=5, batch_size=4, model_args=dict(img_size=48, window_size=3))
-if job == 'classification':
-    from elsa_models.training import ClassificationJob as Job, Recipe
-    recipe = Recipe(limit=21, eval_batch_size=8, model_args=dict(img_size=32, kernel_size=3))
-elif job == 'detection':
-    from elsa_models.training.jobs.detection import DetectionJob as Job, DetectionRecipe
-    recipe = DetectionRecipe(
-        **dense, fpn_channels=16, head_channels=32, anchor_sizes=(8, 16, 24, 32, 48), eval_short_side=48)
-else:
-    from elsa_models.training.jobs.segmentation import SegmentationJob as Job, SegmentationRecipe
-    recipe = SegmentationRecipe(**dense, decoder_args=dict(decoder_channels=16), aux_channels=8, eval_flip=True)
-job = Job(recipe, world)
-model = job.model.eval()
-if recipe.__class__.__name__ == 'DetectionRecipe':  # untrained, it finds nothing
-    known = [job.val_images[i] for i in range(5)]
-    def model(images):
-        i, truth = next((i, t) for i, (x, t) in enumerate(known) if torch.equal(x.float() / 255., images[0]))
-        n = len(truth['labels'])
-        return [dict(boxes=truth['boxes'] + 2., labels=truth['labels'], scores=torch.linspace(.9 - i / 10, .5, n),
-                     masks=truth['masks'][:, None].float().roll(i, -1))]
-with torch.no_grad():
-    metrics = job.evaluate(model)
-if world.is_main:
-    print(metrics)
-world.barrier()  # nobody ends while others still listen
-leave_world()
-'''
+def _evaluate(job):
+    torch.set_num_threads(1)
+    world = join_world('cpu')
+    torch.manual_seed(0)
+    dense = dict(size=48, train_images=8, val_images=5, batch_size=4, model_args=dict(img_size=48, window_size=3))
+    if job == 'classification':
+        from elsa_models.training import ClassificationJob as Job, Recipe
+        recipe = Recipe(limit=21, eval_batch_size=8, model_args=dict(img_size=32, kernel_size=3))
+    elif job == 'detection':
+        from elsa_models.training.jobs.detection import DetectionJob as Job, DetectionRecipe
+        recipe = DetectionRecipe(
+            **dense, fpn_channels=16, head_channels=32, anchor_sizes=(8, 16, 24, 32, 48), eval_short_side=48)
+    else:
+        from elsa_models.training.jobs.segmentation import SegmentationJob as Job, SegmentationRecipe
+        recipe = SegmentationRecipe(**dense, decoder_args=dict(decoder_channels=16), aux_channels=8, eval_flip=True)
+    evaluated = Job(recipe, world)
+    model = evaluated.model.eval()
+    if job == 'detection':  # untrained, it finds nothing
+        known = [evaluated.val_images[i] for i in range(5)]
+
+        def model(images):
+            i, truth = next((i, t) for i, (x, t) in enumerate(known) if torch.equal(x.float() / 255., images[0]))
+            n = len(truth['labels'])
+            return [dict(
+                boxes=truth['boxes'] + 2., labels=truth['labels'], scores=torch.linspace(.9 - i / 10, .5, n),
+                masks=truth['masks'][:, None].float().roll(i, -1))]
+    with torch.no_grad():
+        metrics = evaluated.evaluate(model)
+    if world.is_main:
+        print(metrics)
+    world.barrier()  # nobody ends while others still listen
+    leave_world()
 
 
 @pytest.mark.parametrize('job', [
     'classification', *(pytest.param(name, marks=pytest.mark.slow) for name in ('detection', 'segmentation'))])
-def test_two_processes_evaluate_as_one(tmp_path, job):
+def test_two_processes_evaluate_as_one(job):
     _need(job)
-    script = tmp_path / 'evaluate.py'
-    script.write_text(EVALUATE)
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     printed = []
-    for launcher in ([], ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']):
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script), job], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
+    for start in (partial(Forked, cwd=ROOT), _Pair):
+        process = start(_evaluate, (job,))
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        printed.append(output)
     one, two = (ast.literal_eval(text) for text in printed)
     if job == 'classification':
         assert one['images'] == 50

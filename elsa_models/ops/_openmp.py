@@ -1,0 +1,90 @@
+"""PyTorch's own threads, where those are OpenMP's, for kernels compiled by Numba.
+
+They spin for a while after each operator of PyTorch, on cores that threads of another pool would want: with a second
+pool, models of many small kernels take a tenth longer at batch 1 (docs/performance.md). `GOMP_parallel` is what GCC
+makes of every `#pragma omp parallel`; Intel's and LLVM's libraries have it under the same name.
+"""
+import ctypes
+import functools
+import os
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import torch
+
+_forked = False  # the threads stayed with the parent, and OpenMP would wait for them for ever
+
+
+def _leave() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_leave)
+
+
+def serves() -> bool:
+    """Whether this process can use PyTorch's threads."""
+    return not _forked and _parallel() is not None
+
+
+@functools.cache
+def _parallel() -> Optional[Callable]:
+    if 'parallel backend: OpenMP' not in torch.__config__.parallel_info():
+        return None
+    try:  # of whatever library PyTorch itself is linked to
+        parallel = ctypes.CDLL(str(Path(torch.__file__).with_name('lib') / 'libtorch_cpu.so')).GOMP_parallel
+    except (OSError, AttributeError):  # other systems, or builds by other compilers
+        return None
+    parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return parallel
+
+
+def run(code: int, arguments: Tuple, threads: int) -> None:
+    """Call a kernel on `threads` threads at once, of which this is one; back when all have ended.
+
+    Args:
+        code: Address of the kernel's code for callers in C, as Numba makes it.
+        arguments: Of the kernel: ints, bools, and what is known from its type alone.
+        threads: Threads at most.
+    """
+    kinds = tuple(type(x) if isinstance(x, int) else None for x in arguments)
+    call = _calls.get(kinds)
+    if call is None:
+        call = _calls[kinds] = _compile(kinds)
+    numbers = [int(x) if kind else 0 for x, kind in zip(arguments, kinds)]
+    packed = (ctypes.c_int64 * (1 + len(numbers)))(code, *numbers)
+    parallel = _parallel()
+    assert parallel is not None
+    parallel(call.address, ctypes.addressof(packed), threads, 0)
+
+
+class _Call:
+    """Machine code that takes the address of a function and its arguments from memory, and calls it."""
+
+    def __init__(self, engine: Any, name: str) -> None:
+        self.engine = engine  # which owns the code
+        self.address = engine.get_function_address(name)
+
+
+_calls: Dict[Tuple, _Call] = {}
+
+
+def _compile(kinds: Tuple) -> _Call:
+    from llvmlite import binding, ir
+    word, byte = ir.IntType(64), ir.IntType(8).as_pointer()
+    types = [{int: word, bool: ir.IntType(1), None: byte}[kind] for kind in kinds]
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word.as_pointer()]), 'call')
+    builder = ir.IRBuilder(function.append_basic_block())
+    packed, = function.args
+    code, *numbers = (builder.load(builder.gep(packed, [word(i)])) for i in range(1 + len(kinds)))
+    values = [builder.inttoptr(x, t) if t == byte else x if t == word else builder.trunc(x, t)
+              for x, t in zip(numbers, types)]
+    builder.call(builder.inttoptr(code, ir.FunctionType(byte, types).as_pointer()), values)
+    builder.ret_void()
+    machine = binding.Target.from_default_triple().create_target_machine()
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    return _Call(engine, 'call')
