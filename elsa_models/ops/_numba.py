@@ -2,8 +2,9 @@
 
 Importing this module needs no Numba; the first question whether it serves imports it.
 
-Kernels do not run on Numba's threads but on those of `_threads.py`: Numba's OpenMP changes PyTorch's number of
-threads and kills forked children, and its own pool ends the process where two threads call at once.
+Kernels run on PyTorch's threads (`_openmp.py`) or, where those cannot be had, on our own (`_threads.py`), but not on
+Numba's: its OpenMP changes PyTorch's number of threads and kills forked children, and its own pool ends the process
+where two threads call at once.
 """
 import contextlib
 import ctypes
