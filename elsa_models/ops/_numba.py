@@ -123,8 +123,8 @@ def run(kernels: str, kernel: str, products: int, vec: Any, lanes: Any, tasks: i
         *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args))
     code = _code(kernels, kernel, arguments)
     threads = min(torch.get_num_threads(), tasks, 1 + products // _PRODUCTS_PER_THREAD)
-    if threads > 1 and _openmp.serves():
-        _openmp.run(code.address, arguments, torch.get_num_threads())  # fewer would end the others
+    if threads > 1 and code.unpacker is not None and _openmp.serves():
+        _openmp.run(code.unpacker, code.address, arguments, torch.get_num_threads())  # fewer would end the others
     else:
         _threads.share(functools.partial(code.call, *arguments), threads)
 
@@ -133,6 +133,7 @@ class _Code(NamedTuple):
     """A kernel for arguments of certain types."""
     call: Callable  # from Python
     address: int  # for callers in C
+    unpacker: Optional[int]  # of `_openmp`
 
 
 def _code(kernels: str, kernel: str, arguments: Tuple) -> _Code:
@@ -152,15 +153,19 @@ def _is_vector(x: Any) -> bool:
 
 def _compile(module: ModuleType, kernel: str, kinds: Tuple) -> _Code:
     from numba import typeof, types
+    from numba.core.compiler_lock import global_compiler_lock
 
     from ._numba_cache import KernelCache
     known = {int: types.int64, bool: types.boolean, type(None): types.none}
     dispatcher = getattr(module, kernel)
     dispatcher._cache = KernelCache(dispatcher.py_func, _sources(module))
     signature = tuple(known[k] if k in known else typeof(k) for k in kinds)
-    call = dispatcher.compile(signature)
-    result = dispatcher.overloads[signature]
-    return _Code(call, result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name))
+    with global_compiler_lock:  # beside other users of Numba
+        call = dispatcher.compile(signature)
+        result = dispatcher.overloads[signature]
+        address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+        numbers = tuple(k if k in (int, bool) else None for k in kinds)
+        return _Code(call, address, _openmp.unpacker(numbers) if _openmp.serves() else None)
 
 
 def _sources(module: ModuleType) -> Tuple[Path, ...]:

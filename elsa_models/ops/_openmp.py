@@ -8,7 +8,7 @@ import ctypes
 import functools
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 
@@ -41,50 +41,46 @@ def _parallel() -> Optional[Callable]:
     return parallel
 
 
-def run(code: int, arguments: Tuple, threads: int) -> None:
-    """Call a kernel on `threads` threads at once, of which this is one; back when all have ended.
+def run(unpacker: int, code: int, arguments: Tuple, threads: int) -> None:
+    """Call a kernel on several threads at once, of which this is one; back when all have ended.
 
     Args:
+        unpacker: Address of the `unpacker` for these arguments.
         code: Address of the kernel's code for callers in C, as Numba makes it.
         arguments: Of the kernel: ints, bools, and what is known from its type alone.
         threads: Threads at most.
     """
-    kinds = tuple(type(x) if isinstance(x, int) else None for x in arguments)
-    call = _calls.get(kinds)
-    if call is None:
-        call = _calls[kinds] = _compile(kinds)
-    numbers = [int(x) if kind else 0 for x, kind in zip(arguments, kinds)]
+    numbers = [int(x) if isinstance(x, int) else 0 for x in arguments]
     packed = (ctypes.c_int64 * (1 + len(numbers)))(code, *numbers)
     parallel = _parallel()
     assert parallel is not None
-    parallel(call.address, ctypes.addressof(packed), threads, 0)
+    parallel(unpacker, ctypes.addressof(packed), threads, 0)
 
 
-class _Call:
-    """Machine code that takes the address of a function and its arguments from memory, and calls it."""
-
-    def __init__(self, engine: Any, name: str) -> None:
-        self.engine = engine  # which owns the code
-        self.address = engine.get_function_address(name)
+_engines: List[Any] = []  # which own the machine code
 
 
-_calls: Dict[Tuple, _Call] = {}
+@functools.cache
+def unpacker(kinds: Tuple) -> int:
+    """Address of code that takes a function's address and arguments from memory, and calls it. Needs Numba's lock.
 
-
-def _compile(kinds: Tuple) -> _Call:
+    Args:
+        kinds: For each argument int, bool, or None for one that is known from its type alone.
+    """
     from llvmlite import binding, ir
     word, byte = ir.IntType(64), ir.IntType(8).as_pointer()
     types = [{int: word, bool: ir.IntType(1), None: byte}[kind] for kind in kinds]
     module = ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word.as_pointer()]), 'call')
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word.as_pointer()]), 'unpack')
     builder = ir.IRBuilder(function.append_basic_block())
     packed, = function.args
     code, *numbers = (builder.load(builder.gep(packed, [word(i)])) for i in range(1 + len(kinds)))
-    values = [builder.inttoptr(x, t) if t == byte else x if t == word else builder.trunc(x, t)
-              for x, t in zip(numbers, types)]
+    casts = {int: lambda x, t: x, bool: builder.trunc, None: builder.inttoptr}
+    values = [casts[kind](x, t) for kind, x, t in zip(kinds, numbers, types)]
     builder.call(builder.inttoptr(code, ir.FunctionType(byte, types).as_pointer()), values)
     builder.ret_void()
     machine = binding.Target.from_default_triple().create_target_machine()
     engine = binding.create_mcjit_compiler(binding.parse_assembly(str(module)), machine)
     engine.finalize_object()
-    return _Call(engine, 'call')
+    _engines.append(engine)
+    return engine.get_function_address('unpack')

@@ -119,8 +119,9 @@ def test_pytorchs_threads_get_all_arguments():
     kernel.compile(kinds)
     result = kernel.overloads[kinds]
     code = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
+    unpacker = _openmp.unpacker((*[int] * 9, bool, None, bool))
     for threads in (1, 2, 5):
-        _openmp.run(code, (ctypes.addressof(words), *range(-3, 5), True, None, False), threads)
+        _openmp.run(unpacker, code, (ctypes.addressof(words), *range(-3, 5), True, None, False), threads)
         assert words[0] == threads and list(words)[1:11] == [*range(-3, 5), 1, 0]
         words[0] = 0
 
