@@ -1,5 +1,6 @@
 """When a graph leaves PyTorch, and how operators stand for themselves in one and under `torch.vmap`."""
-from typing import Any, List, Sequence, Tuple, Union
+import warnings
+from typing import Any, Callable, List, Sequence, Tuple, Union
 
 import torch
 from torch.autograd import forward_ad
@@ -23,6 +24,16 @@ def wants_core_operators() -> bool:
     return (
         torch.compiler.is_exporting() or torch.jit.is_tracing()
         or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
+
+
+def check(function: Callable, *args: Any) -> None:
+    """Call what checks arguments; a trace is not told that it compares sizes, for those traced are what it checks."""
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', torch.jit.TracerWarning)
+            function(*args)
+    else:
+        function(*args)
 
 
 def register_loop(operator: Any) -> None:

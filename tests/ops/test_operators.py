@@ -3,6 +3,7 @@
 An operator is described by a `Subject`; a backend that it has is tested on each device that it serves.
 """
 import functools
+import warnings
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import pytest
@@ -511,7 +512,9 @@ def test_script_and_trace(subject, variant, kernel_size, dilation):
     for size in SIZES:
         inputs = draw(size)
         _same(scripted(*inputs), module(*inputs))
-    traced = torch.jit.trace(module, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', torch.jit.TracerWarning)
+        traced = torch.jit.trace(module, inputs)
     assert 'elsa_models::' not in str(traced.inlined_graph)  # core operators alone
     _same(traced(*inputs), module(*inputs))
 

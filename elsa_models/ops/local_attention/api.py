@@ -9,7 +9,7 @@ import torch
 
 from .._autocast import autocast_dtype, cast
 from .._bands import compute_dtype
-from .._graphs import register_loop, wants_core_operators
+from .._graphs import check, register_loop, wants_core_operators
 from ..backends import REFERENCE, Operator, check_name
 from . import eager, numba, triton
 from .plain import local_attention_plain
@@ -88,7 +88,7 @@ def _local_attention(
         with torch.autocast(value.device.type, enabled=False):  # or the sums would be cast as well
             return _local_attention(
                 value, logits, kernel_size, dilation, ghost_mul, ghost_add, dropout_p, apply_softmax, backend)
-    _check(value, logits, kernel_size, dilation, ghost_mul, ghost_add, dropout_p)
+    check(_check, value, logits, kernel_size, dilation, ghost_mul, ghost_add, dropout_p)
     if dropout_p > 0.:
         weights = logits.softmax(dim=-1, dtype=compute_dtype(value)) if apply_softmax else logits
         logits, apply_softmax = torch.nn.functional.dropout(weights, dropout_p).to(value.dtype), False

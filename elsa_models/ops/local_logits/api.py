@@ -8,7 +8,7 @@ from typing import Optional, Tuple
 import torch
 
 from .._autocast import autocast_dtype, cast
-from .._graphs import register_loop, wants_core_operators
+from .._graphs import check, register_loop, wants_core_operators
 from ..backends import REFERENCE, Operator, check_name
 from . import eager, numba, triton
 from .plain import local_logits_plain
@@ -83,7 +83,7 @@ def _local_logits(
         row_bias, column_bias = (None if x is None else cast(x, dtype) for x in (row_bias, column_bias))
         with torch.autocast(query.device.type, enabled=False):  # or the sums would be cast as well
             return _local_logits(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border, backend)
-    _check(query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
+    check(_check, query, key, kernel_size, dilation, row_bias, column_bias, num_heads, border)
     if backend is not None:
         check_name(backend)
     if wants_core_operators():  # asked first: no backend may be tried for the first time while a graph is made
