@@ -130,10 +130,6 @@ def draw_peers(rows: Rows, path: Path) -> None:
         for source, marker, label in (('timm', 'o', "timm's"), ('paper', '*', 'of this package')):
             chosen = having(panel, source=source)
             axes.scatter(number(chosen, 'ratio'), number(chosen, 'top1'), marker=marker, s=60, label=label)
-        for row in panel:
-            axes.annotate(
-                row['model'].replace('_patch4_window7_224', '').replace('_patch16_224', ''),
-                (float(row['ratio']), float(row['top1'])), fontsize=6.5, xytext=(4, 3), textcoords='offset points')
         _logarithmic(axes, f'time / time of {panel[0]["baseline"]} px', '', False)
         axes.set(yscale='linear', title=f'{RUNTIMES[runtime]}, batch {batch}')
         most = max(number(panel, 'ratio'))
@@ -142,12 +138,34 @@ def draw_peers(rows: Rows, path: Path) -> None:
         axes.set_xticks(ticks, [f'{x:g}' for x in ticks])
         axes.set_xticks([], minor=True)
     all_axes[0][0].set_ylabel('ImageNet-1k top-1 (%), as published')
-    all_axes[0][0].legend(fontsize=8, loc='upper left')
+    all_axes[0][0].legend(fontsize=8, loc='lower right')
     figure.suptitle(rows[-1]['hardware'], fontsize=9)
     figure.tight_layout()
+    for axes, panel in zip(all_axes[0], panels.values()):
+        _name_points(axes, panel)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(path)
+
+
+def _name_points(axes: plt.Axes, rows: Rows) -> None:
+    """Each model's name beside its point, at the first of several places where no other name is."""
+    places = [((5, 3), 'left'), ((5, -8), 'left'), ((-5, 3), 'right'), ((-5, -8), 'right'), ((5, 11), 'left'),
+              ((5, -16), 'left'), ((-5, 11), 'right'), ((-5, -16), 'right')]
+    axes.figure.canvas.draw()  # sizes of texts are known after it
+    taken = []
+    for row in sorted(rows, key=lambda r: -float(r['top1'])):
+        name, point = row['model'], (float(row['ratio']), float(row['top1']))
+        for ending in ('_patch4_window7_224', '_patch16_224', '_224'):
+            name = name.removesuffix(ending)
+        for offset, side in places:
+            text = axes.annotate(
+                name, point, fontsize=6.5, xytext=offset, textcoords='offset points', horizontalalignment=side)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        taken.append(box)
 
 
 RUNTIMES = {'eager': 'PyTorch', 'onnxruntime': 'ONNX Runtime'}
