@@ -102,13 +102,13 @@ def captured(step: Step) -> Step:
 def peak_memory(script: str, spec: Dict, args: argparse.Namespace) -> float:
     """Peak MiB of two steps of `spec`, from a fresh process that runs `script --memory-of` (on the CPU: Linux).
 
-    On the CPU the median of three: allocation differs by 5 % from process to process.
+    On the CPU the median of three, where so many runs are wanted: allocation differs by 5 % from process to process.
     """
     command = [sys.executable, script, '--memory-of', json.dumps(spec)]
     for option in ('device', 'dtype', 'threads'):
         command += [f'--{option}', str(getattr(args, option))]
     peaks = []
-    for _ in range(1 if args.device.startswith('cuda') else 3):
+    for _ in range(1 if args.device.startswith('cuda') else min(3, args.runs)):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
             raise SystemExit(f'Memory of {spec} could not be measured:\n{result.stderr[-2000:]}')

@@ -182,7 +182,8 @@ def test_scores_by_hand():
     assert metrics['pixel_acc'] == pytest.approx(60)
 
 
-@pytest.mark.parametrize('name', ['test_elsa_swin', pytest.param('test_elsa_volo', marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_features.py has the backbones
+@pytest.mark.parametrize('name', ['test_elsa_swin', 'test_elsa_volo'])
 def test_exports_to_onnx_with_open_sizes(tmp_path, name):
     onnxruntime = pytest.importorskip('onnxruntime')
     model = _segmenter(name)
