@@ -163,9 +163,11 @@ def _name_points(axes: plt.Axes, rows: Rows) -> None:
                 name, point, fontsize=6.5, xytext=offset, textcoords='offset points', horizontalalignment=side)
             box = text.get_window_extent()
             if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
                 break
             text.remove()
-        taken.append(box)
+        else:
+            print(f'{row["model"]} has no place for its name in {axes.get_title()}.')
 
 
 RUNTIMES = {'eager': 'PyTorch', 'onnxruntime': 'ONNX Runtime'}

@@ -35,6 +35,16 @@ def seed():
 
 
 @pytest.fixture
+def pytorchs_operators():
+    """No kernels of ours."""
+    from elsa_models import ops
+    chosen = ops.get_backend()
+    ops.set_backend('torch')
+    yield
+    ops.set_backend(chosen)
+
+
+@pytest.fixture
 def fresh_compiler():
     """Nothing compiled by another test counts as a recompilation of this one's."""
     torch._dynamo.reset()

@@ -165,7 +165,7 @@ def _compile(module: ModuleType, kernel: str, kinds: Tuple) -> _Code:
         result = dispatcher.overloads[signature]
         address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
         numbers = tuple(k if k in (int, bool) else None for k in kinds)
-        return _Code(call, address, _openmp.unpacker(numbers) if _openmp.serves() else None)
+        return _Code(call, address, _openmp.unpacker(numbers) if _openmp.available() else None)
 
 
 def _sources(module: ModuleType) -> Tuple[Path, ...]:

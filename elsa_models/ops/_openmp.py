@@ -3,16 +3,20 @@
 They spin for a while after each operator of PyTorch, on cores that threads of another pool would want: with a second
 pool, models of many small kernels take a tenth longer at batch 1 (docs/performance.md). `GOMP_parallel` is what GCC
 makes of every `#pragma omp parallel`; Intel's and LLVM's libraries have it under the same name.
+
+The threads do not follow a fork, and OpenMP would wait for them for ever. A child is noticed that was forked after
+this module was imported; one that imports it first hangs where its parent had used them, as PyTorch's operators do.
 """
 import ctypes
 import functools
 import os
+import sys
 from pathlib import Path
 from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 
-_forked = False  # the threads stayed with the parent, and OpenMP would wait for them for ever
+_forked = False
 
 
 def _leave() -> None:
@@ -24,21 +28,30 @@ if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=_leave)
 
 
+def available() -> bool:
+    """Whether PyTorch's threads can be used in processes that are not forked."""
+    return _parallel() is not None
+
+
 def serves() -> bool:
     """Whether this process can use PyTorch's threads."""
-    return not _forked and _parallel() is not None
+    return not _forked and available()
 
 
 @functools.cache
 def _parallel() -> Optional[Callable]:
-    if 'parallel backend: OpenMP' not in torch.__config__.parallel_info():
+    if sys.platform != 'linux' or 'parallel backend: OpenMP' not in torch.__config__.parallel_info():
         return None
-    try:  # of whatever library PyTorch itself is linked to
-        parallel = ctypes.CDLL(str(Path(torch.__file__).with_name('lib') / 'libtorch_cpu.so')).GOMP_parallel
-    except (OSError, AttributeError):  # other systems, or builds by other compilers
-        return None
-    parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return parallel
+    library = Path(torch.__file__).with_name('lib') / 'libtorch_cpu.so'
+    # as PyTorch itself finds it: what is loaded for all, such as a library of LD_PRELOAD, and then its own
+    for name, mode in ((None, ctypes.DEFAULT_MODE), (str(library), os.RTLD_NOW | os.RTLD_NOLOAD)):
+        try:
+            parallel = ctypes.CDLL(name, mode).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+        return parallel
+    return None
 
 
 def run(unpacker: int, code: int, arguments: Tuple, threads: int) -> None:

@@ -394,6 +394,7 @@ def test_bad_arguments_in_a_config_json(hub_files, tmp_path, args, words):
 @pytest.mark.parametrize('field, value', [
     ('mean', 'abc'), ('mean', [float('nan')] * 3), ('std', [0, 1, 1]), ('std', 1), ('std', [float('inf')] * 3),
     ('crop_pct', 'a'), ('crop_pct', -1), ('interpolation', 3), ('interpolation', 'cubic'), ('interpolation', ''),
+    ('interpolation', 'random'),
     ('crop_mode', [1]), ('crop_mode', 'middle'), ('classifier', 5), ('first_conv', [1]), ('label_names', 3),
     ('num_classes', 'x'), ('num_classes', 7), ('test_input_size', [3]),
 ])

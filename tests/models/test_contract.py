@@ -43,13 +43,10 @@ WITH_KERNELS = ('test_any_size', 'test_every_parameter_learns', 'test_learns_a_b
 
 
 @pytest.fixture(autouse=True)
-def backend(request):
-    """PyTorch's own operators, but where a test stands for use: kernels are compiled for every type and width."""
-    chosen = elsa_models.ops.get_backend()
+def operators(request):
+    """PyTorch's own, but where a test stands for use."""
     if request.function.__name__ not in WITH_KERNELS:
-        elsa_models.ops.set_backend('torch')
-    yield
-    elsa_models.ops.set_backend(chosen)
+        request.getfixturevalue('pytorchs_operators')
 
 
 def own_models():

@@ -193,7 +193,7 @@ def test_linear_in_value_and_ghosts_add_up(form):
 # gradients
 
 
-@pytest.mark.parametrize('ghosts', GHOSTS)
+@pytest.mark.parametrize('ghosts', ['ma', *(pytest.param(x, marks=pytest.mark.slow) for x in ('', 'm', 'a'))])
 def test_gradcheck_in_full(form, ghosts):
     tensors = _draw((1, 2, 2, 2), 2, 3, ghosts, device=form.device)
     present = [x.requires_grad_() for x in tensors if x is not None]
@@ -259,7 +259,8 @@ class _LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('ghosts', GHOSTS)
-@pytest.mark.parametrize('shape, heads, kernel_size', [((2, 14, 28, 96), 3, 7), ((1, 14, 30, 64), 2, 5)])
+@pytest.mark.parametrize('shape, heads, kernel_size', [
+    ((2, 14, 28, 96), 3, 7), pytest.param((1, 14, 30, 64), 2, 5, marks=pytest.mark.slow)])
 def test_memory_stays_small(backend, shape, heads, kernel_size, ghosts):
     tensors = _draw(shape, heads, kernel_size, ghosts, torch.float32, backend.device)
     grad = torch.randn_like(tensors[0])
@@ -354,7 +355,8 @@ def test_no_dropout_draws_no_random_numbers(backend):
 # the operator, compilers and graphs
 
 
-@pytest.mark.parametrize('ghosts, normalize', [('', True), ('m', False), ('a', True), ('ma', True)])
+@pytest.mark.parametrize('ghosts, normalize', [
+    ('', True), ('ma', True), *(pytest.param(*x, marks=pytest.mark.slow) for x in (('m', False), ('a', True)))])
 def test_opcheck(backend, ghosts, normalize):
     tensors = _draw(ghosts=ghosts, device=backend.device)
     grad = torch.randn_like(tensors[0])

@@ -199,7 +199,7 @@ def test_any_batch_and_heads(form, variant, heads, channels, batch):
     _check(form, form.problem(shape=(batch, 4, 5, channels), heads=heads, variant=variant))
 
 
-@pytest.mark.parametrize('trial', range(8))
+@pytest.mark.parametrize('trial', [*range(3), *(pytest.param(i, marks=pytest.mark.slow) for i in range(3, 16))])
 @every_form
 def test_random_problems(form, trial):
     generator = torch.Generator().manual_seed(trial)

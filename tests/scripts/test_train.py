@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from forked import Forked
 from PIL import Image
 
 import elsa_models  # noqa: F401
@@ -21,6 +22,11 @@ def _run(*arguments, cwd):
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600,
         env={**os.environ, 'PYTHONPATH': str(ROOT)})
+
+
+def _main(arguments):
+    from elsa_models.commands.train import main
+    sys.exit(main(arguments))
 
 
 def test_digits_from_the_command_line(tmp_path):
@@ -46,9 +52,10 @@ def test_digits_from_the_command_line(tmp_path):
     (['--epoch', '3'], 'unrecognized arguments: --epoch'),
 ])
 def test_errors_are_one_line(tmp_path, arguments, message):
-    done = _run(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
+    process = Forked(_main, (arguments,), cwd=tmp_path)
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert message in errors.splitlines()[-1] and 'Traceback' not in errors
     assert list(tmp_path.iterdir()) == []
 
 

@@ -384,7 +384,8 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplo
 RECIPES = sorted((ROOT / 'configs' / 'detection').glob('*.yaml'))
 
 
-@pytest.mark.parametrize('file', RECIPES, ids=lambda f: f.stem)
+@pytest.mark.parametrize('file', [
+    pytest.param(f, id=f.stem, marks=[pytest.mark.slow] * ('small' in f.stem or 'base' in f.stem)) for f in RECIPES])
 def test_recipes_build(file):
     from elsa_models.dense.detection import build_detector
     recipe = load_recipe(file, kind=DetectionRecipe)

@@ -69,18 +69,28 @@ class _Pair:
 
     @property
     def returncode(self):
+        """That of a process which has failed, None while all go on."""
         statuses = [process.returncode for process in self._processes]
-        return None if None in statuses else next(filter(None, statuses), 0)
+        return next(filter(None, statuses), None if None in statuses else 0)
 
     def poll(self):
         return self.returncode
 
     def terminate(self):
         for process in self._processes:
-            process.send_signal(signal.SIGTERM)
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
 
     def communicate(self, timeout=60):
-        outputs, errors = zip(*(process.communicate(timeout) for process in self._processes), strict=True)
+        end = time.monotonic() + timeout
+        while self.returncode is None and time.monotonic() < end:
+            time.sleep(.02)
+        if self.returncode != 0:
+            time.sleep(2)  # for the other's error, if it has one
+            for process in self._processes:
+                if process.returncode is None:
+                    process.send_signal(signal.SIGKILL)
+        outputs, errors = zip(*(process.communicate() for process in self._processes), strict=True)
         return ''.join(outputs), ''.join(errors)
 
 
@@ -103,9 +113,10 @@ def _train(*args, start=_start, **kwargs):
     assert process.returncode == 0, errors
 
 
-def _wait_for(path, process):
+def _wait_for(path, process, timeout=300):
+    end = time.monotonic() + timeout
     while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
         time.sleep(0.001)
 
 

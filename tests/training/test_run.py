@@ -234,7 +234,8 @@ def test_starts_from_a_saved_model(tmp_path, full, image_folder):
     assert all(torch.equal(x, before[name]) for name, x in after.items() if not name.startswith('head.'))
 
 
-@pytest.mark.parametrize('at', ['run', 'save_folder', 'export_onnx', 'write_classes'])
+@pytest.mark.parametrize('at', [
+    'run', 'export_onnx', *(pytest.param(x, marks=pytest.mark.slow) for x in ('save_folder', 'write_classes'))])
 def test_failure_in_the_middle_leaves_the_former_result_and_goes_on(tmp_path, monkeypatch, at):
     from elsa_models.inference import figures
     modules = {'write_classes': figures, 'run': sys.modules['elsa_models.training.run'].Trainer}

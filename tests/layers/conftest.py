@@ -1,0 +1,7 @@
+"""Layers compute by PyTorch's operators here: kernels, compiled for every type and width, have tests of their own."""
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def operators(pytorchs_operators):
+    """As above."""
