@@ -116,7 +116,7 @@ def batch_norms(model):
 
 def change_of(model):
     """Part of a change of each norm that deep models bear: what one block is off by, the next one squares."""
-    return min(1., 40 / max(1, len(batch_norms(model))))
+    return min(1., 20 / max(1, len(batch_norms(model))))
 
 
 @torch.no_grad()
@@ -677,7 +677,8 @@ def test_bfloat16(name):
     assert half.dtype == torch.bfloat16
     assert y.std() > 1e-3
     for other in (half, cast):
-        assert (other.float() - y).square().mean().sqrt() < .1 * y.std()
+        # rounding grows with the depth
+        assert (other.float() - y).square().mean().sqrt() < (.1 if is_small(name) else .2) * y.std()
 
 
 @every_model
