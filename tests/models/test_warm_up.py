@@ -11,6 +11,11 @@ from elsa_models.ops import _numba
 pytestmark = pytest.mark.skipif(_numba.why_not() is not None, reason='Numba does not serve here')
 
 
+@pytest.fixture(autouse=True)
+def operators():
+    """Those of use, unlike in the other tests of models."""
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The kernels of this process, of which there are none at first."""
