@@ -254,11 +254,17 @@ class AxialLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map lines (S, L, in_dim) to (S, L, dim)."""
-        if self.training:
+        if self.training or self._finds_statistics():
             return self.forward_unfolded(x)
         scale, bias, qk_scale, rel_query, rel_key, rel_value = self.fold()
         x = self._project(x, scale, bias)
         return attend_axis(x, self.num_heads, qk_scale, rel_query, rel_key, rel_value, self.beyond)
+
+    def _finds_statistics(self) -> bool:
+        """Whether a norm takes those of this batch, as `reestimate_batch_norm` has it in evaluation."""
+        return (
+            self.bn_qkv.training or self.bn_qk.training or self.bn_qr.training or self.bn_kr.training
+            or self.bn_content.training or self.bn_position.training)
 
     def _project(self, x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
