@@ -123,8 +123,8 @@ def run(kernels: str, kernel: str, products: int, vec: Any, lanes: Any, tasks: i
         *(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args))
     code = _code(kernels, kernel, arguments)
     threads = min(torch.get_num_threads(), tasks, 1 + products // _PRODUCTS_PER_THREAD)
-    if threads > 1 and code.unpacker is not None and _openmp.serves():
-        _openmp.run(code.unpacker, code.address, arguments, torch.get_num_threads())  # fewer would end the others
+    if threads > 1 and code.shared is not None and _openmp.serves():
+        code.shared(arguments, torch.get_num_threads())  # fewer would end the others
     else:
         _threads.share(functools.partial(code.call, *arguments), threads)
 
@@ -132,8 +132,7 @@ def run(kernels: str, kernel: str, products: int, vec: Any, lanes: Any, tasks: i
 class _Code(NamedTuple):
     """A kernel for arguments of certain types."""
     call: Callable  # from Python
-    address: int  # for callers in C
-    unpacker: Optional[int]  # of `_openmp`
+    shared: Optional[Callable[[Tuple, int], None]]  # on PyTorch's threads
 
 
 def _code(kernels: str, kernel: str, arguments: Tuple) -> _Code:
@@ -165,7 +164,7 @@ def _compile(module: ModuleType, kernel: str, kinds: Tuple) -> _Code:
         result = dispatcher.overloads[signature]
         address = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
         numbers = tuple(k if k in (int, bool) else None for k in kinds)
-        return _Code(call, address, _openmp.unpacker(numbers) if _openmp.available() else None)
+        return _Code(call, _openmp.shared(address, numbers))
 
 
 def _sources(module: ModuleType) -> Tuple[Path, ...]:

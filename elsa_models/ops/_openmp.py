@@ -28,14 +28,9 @@ if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=_leave)
 
 
-def available() -> bool:
-    """Whether PyTorch's threads can be used in processes that are not forked."""
-    return _parallel() is not None
-
-
 def serves() -> bool:
     """Whether this process can use PyTorch's threads."""
-    return not _forked and available()
+    return not _forked and _parallel() is not None
 
 
 @functools.cache
@@ -54,32 +49,35 @@ def _parallel() -> Optional[Callable]:
     return None
 
 
-def run(unpacker: int, code: int, arguments: Tuple, threads: int) -> None:
-    """Call a kernel on several threads at once, of which this is one; back when all have ended.
+def shared(code: int, kinds: Tuple) -> Optional[Callable[[Tuple, int], None]]:
+    """A function that calls a kernel on PyTorch's threads; None where those are not OpenMP's. Needs Numba's lock.
+
+    It takes the arguments of the kernel and the number of threads, of which the caller's is one, and is back when all
+    have ended.
 
     Args:
-        unpacker: Address of the `unpacker` for these arguments.
         code: Address of the kernel's code for callers in C, as Numba makes it.
-        arguments: Of the kernel: ints, bools, and what is known from its type alone.
-        threads: Threads at most.
+        kinds: For each argument int, bool, or None for one that is known from its type alone.
     """
-    numbers = [int(x) if isinstance(x, int) else 0 for x in arguments]
-    packed = (ctypes.c_int64 * (1 + len(numbers)))(code, *numbers)
     parallel = _parallel()
-    assert parallel is not None
-    parallel(unpacker, ctypes.addressof(packed), threads, 0)
+    if parallel is None:
+        return None
+    unpacker = _unpacker(kinds)
+
+    def call(arguments: Tuple, threads: int) -> None:
+        numbers = [0 if kind is None else int(x) for x, kind in zip(arguments, kinds)]
+        packed = (ctypes.c_int64 * (1 + len(numbers)))(code, *numbers)
+        parallel(unpacker, ctypes.addressof(packed), threads, 0)
+
+    return call
 
 
 _engines: List[Any] = []  # which own the machine code
 
 
 @functools.cache
-def unpacker(kinds: Tuple) -> int:
-    """Address of code that takes a function's address and arguments from memory, and calls it. Needs Numba's lock.
-
-    Args:
-        kinds: For each argument int, bool, or None for one that is known from its type alone.
-    """
+def _unpacker(kinds: Tuple) -> int:
+    """Address of code that takes a function's address and arguments from memory, and calls it."""
     from llvmlite import binding, ir
     word, byte = ir.IntType(64), ir.IntType(8).as_pointer()
     types = [{int: word, bool: ir.IntType(1), None: byte}[kind] for kind in kinds]

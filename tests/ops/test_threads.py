@@ -138,9 +138,9 @@ def test_pytorchs_threads_get_all_arguments():
     kernel.compile(kinds)
     result = kernel.overloads[kinds]
     code = result.library.get_pointer_to_function(result.fndesc.llvm_cfunc_wrapper_name)
-    unpacker = _openmp.unpacker((*[int] * 9, bool, None, bool))
+    shared = _openmp.shared(code, (*[int] * 9, bool, None, bool))
     for threads in (1, 2, 5):
-        _openmp.run(unpacker, code, (ctypes.addressof(words), *range(-3, 5), True, None, False), threads)
+        shared((ctypes.addressof(words), *range(-3, 5), True, None, False), threads)
         assert 1 <= words[0] <= threads
         assert list(words)[1:1 + 10 * words[0]] == [*range(-3, 5), 1, 0] * words[0]
         ctypes.memset(words, 0, ctypes.sizeof(words))
