@@ -13,13 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._extras import require
 from .._images import DataError, denormalise, read_image
-from ..models._checkpoint import WeightsError
+from ..models._checkpoint import CROP_MODES, WeightsError
 from ..models._naming import ModelError, create_named, find_model
 
 _logger = logging.getLogger(__name__)
 _MAX_SIDE = 2 ** 15  # pixels
 _MIN_CROP = 0.01  # smaller parts of an image take memory without bound to resize
-_CROP_MODES = ('center', 'squash', 'border')  # all that timm knows
 
 
 class Classifier(NamedTuple):
@@ -215,8 +214,8 @@ def _check_data_config(data_config: Dict[str, Any]) -> None:
                 f'{name}: got {values}, must be a {"positive " if name == "std" else ""}number for each channel.')
     if not _MIN_CROP <= crop_pct < math.inf:
         raise ModelError(f'crop_pct: got {crop_pct}, must be a number of at least {_MIN_CROP}.')
-    if crop_mode not in _CROP_MODES:
-        raise ModelError(f'crop_mode: got {crop_mode!r}, must be one of {", ".join(_CROP_MODES)}.')
+    if crop_mode not in CROP_MODES:
+        raise ModelError(f'crop_mode: got {crop_mode!r}, must be one of {", ".join(CROP_MODES)}.')
 
 
 def color_mode(data_config: Dict[str, Any]) -> str:

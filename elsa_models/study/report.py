@@ -92,9 +92,13 @@ class Outcome:
 
     def difference(self, ours: str, theirs: str, reading: str) -> Optional[Interval]:
         """Scores of one mixer less those of another by seed; None until all seeds have both: two tell nothing."""
-        scores = self.scores.get(reading, {})
-        a, b = scores.get(ours, {}), scores.get(theirs, {})
-        return paired(a, b) if all(seed in a and seed in b for seed in self.study.settings.seeds) else None
+        if not (self.is_whole(ours, reading) and self.is_whole(theirs, reading)):
+            return None
+        return paired(self.scores[reading][ours], self.scores[reading][theirs])
+
+    def is_whole(self, mixer: str, reading: str) -> bool:
+        """Whether a mixer has scores of all seeds."""
+        return self.scores.get(reading, {}).get(mixer, {}).keys() >= set(self.study.settings.seeds)
 
 
 def read_costs(path: Path) -> Dict[Tuple[str, str, str], Dict[str, str]]:
@@ -235,8 +239,8 @@ def report(paths: Sequence[Path], places: Places, document: Path, images: Path) 
 def _draw_accuracy(outcomes: Sequence[Outcome], costs: Dict) -> object:
     """Score against multiply-accumulates, with intervals of the mean; a panel for each study and reading."""
     panels = [
-        (outcome, reading) for outcome in outcomes for reading, scores in outcome.scores.items()
-        if all(len(scores.get(mixer, {})) == len(outcome.study.settings.seeds) for mixer in outcome.lrs)]
+        (outcome, reading) for outcome in outcomes for reading in outcome.scores
+        if all(outcome.is_whole(mixer, reading) for mixer in outcome.lrs)]
     number = max(1, len(panels))
     figure = require('matplotlib.figure').Figure(figsize=(8.5 * number, 6.), layout='constrained')
     for ax, (outcome, reading) in zip(figure.subplots(1, number, squeeze=False)[0], panels):
