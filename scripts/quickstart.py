@@ -60,6 +60,11 @@ def works(python):
         return False
 
 
+def clashes(python):
+    """Whether torchvision was built for another PyTorch than the environment has."""
+    return subprocess.call([str(python), '-c', 'import torchvision'], stderr=subprocess.DEVNULL) != 0
+
+
 def is_small(torch, system=sys.platform):
     """Whether to install PyTorch's build without CUDA; PyPI's builds for other systems than Linux are that anyway."""
     if torch != 'auto':
@@ -85,6 +90,10 @@ def install(python, root, torch):
             if torch == 'cpu':
                 raise
             print(f'{CPU_INDEX} cannot be had: installing the large build of PyPI', flush=True)
+        else:
+            if clashes(python):  # pip's configuration may name other places, one of which has half of it
+                print(f'{CPU_INDEX} lacks a part of PyTorch: installing the large build of PyPI', flush=True)
+                subprocess.check_call([str(python), '-m', 'pip', 'uninstall', '--yes', 'torch', 'torchvision'])
     subprocess.check_call([*pip, '-e', f'{root}[train,onnx]'])
 
 

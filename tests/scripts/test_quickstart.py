@@ -37,6 +37,7 @@ def calls(quickstart, monkeypatch):
 
     monkeypatch.setattr(quickstart.subprocess, 'check_call', check_call)
     monkeypatch.setattr(quickstart, 'works', lambda python: python.is_file())
+    monkeypatch.setattr(quickstart, 'clashes', lambda python: False)
     monkeypatch.setattr(quickstart, 'is_small', lambda torch: False)
     return calls
 
@@ -174,6 +175,16 @@ def test_the_large_build_serves_where_the_small_cannot_be_had(quickstart, reposi
     else:
         quickstart.install(Path('python'), repository, torch)
         assert len(done) == 1 and 'cannot be had' in capsys.readouterr().out
+
+
+def test_parts_of_pytorch_that_do_not_fit_give_way(quickstart, repository, calls, monkeypatch):
+    (repository / 'setup.cfg').write_text('[options]\ninstall_requires = torch>=2.9')
+    monkeypatch.setattr(quickstart, 'is_small', lambda torch: True)
+    monkeypatch.setattr(quickstart, 'clashes', lambda python: True)
+    quickstart.install(Path('python'), repository, 'auto')
+    small, removal, package = calls
+    assert '--index-url' in small and removal[-4:] == ['uninstall', '--yes', 'torch', 'torchvision']
+    assert package[-2:] == ['-e', f'{repository}[train,onnx]'] and '--index-url' not in package
 
 
 def test_which_build_of_pytorch(quickstart, monkeypatch):
